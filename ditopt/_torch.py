@@ -1,0 +1,35 @@
+"""The only file that imports a private torch name.
+
+Everything under ``torch._*`` moves between releases; gathering it here makes a new torch one file's work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+__all__ = ["FakeTensor", "FakeTensorMode", "compile_graph", "fake_mode_of", "invoke_subgraph", "is_fake"]
+
+invoke_subgraph = torch.ops.higher_order.invoke_subgraph
+
+
+def is_fake(value: object) -> bool:
+    """Whether ``value`` is a tensor without storage."""
+    return isinstance(value, FakeTensor)
+
+
+def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode:
+    """The one FakeTensorMode that ``values`` belong to, or a fresh one."""
+    return detect_fake_mode(list(values)) or FakeTensorMode()
+
+
+def compile_graph(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+    """Inductor on one fx graph, outside Dynamo: a callable over flat inputs that returns a tuple."""
+    from torch._inductor import standalone_compile
+
+    return standalone_compile(module, list(example_inputs), dynamic_shapes="from_example_inputs")

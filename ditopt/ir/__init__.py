@@ -1,0 +1,1 @@
+"""The intermediate representation: functional ATen in torch.fx, and the structure above it."""

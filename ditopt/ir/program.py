@@ -1,0 +1,296 @@
+"""Program, the value that every pass takes and returns.
+
+A Program is one step of the denoising loop as functional ATen, plus what the loop around it needs to know:
+
+* ``functions``: the step itself (``entry``), block bodies that call sites share, and memo functions;
+* ``params``: weights and constants by handle, never copied;
+* ``state``: the slots that live from one step to the next (caches are data, not side effects);
+* ``memos``: values that the loop reads and does not recompute;
+* ``decisions``: what is asked once a step (compute this region, or predict it), with its schedule and predictor;
+* ``regions``: the structure that was discovered.
+
+Programs are frozen. ``ir/edit.py`` makes new ones, ``ir/text.py`` prints and parses them, ``ir/verify.py`` checks them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from ditopt._torch import invoke_subgraph
+
+Role = Literal["latent", "timestep", "prompt", "shape"]
+"""What an input of the model is to the loop: changes every step by the sampler; the time of the step; fixed for a
+request (text embeddings, pooled embeddings, class labels, guidance); fixed for a shape (position ids, masks)."""
+
+FormalKind = Literal["input", "param", "state", "memo", "control", "formal"]
+
+
+@dataclass(frozen=True)
+class Formal:
+    """What a placeholder stands for: ``node.meta["formal"]``.
+
+    kind      ref
+    input     name of a model input (``Program.inputs``)
+    param     name of a weight or constant (``Program.params``)
+    state     name of a StateSlot
+    memo      name of a memo value (``"<memo>.<k>"``)
+    control   a small tensor the host provides each step (``"<decision>.weights"``, float32, shape (order + 1,))
+    formal    a parameter of a shared block body; ref is the placeholder's name
+    """
+
+    kind: FormalKind
+    ref: str
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """dtype and static shape; ``stride`` only where it is not the contiguous one."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] | None = None
+
+    @staticmethod
+    def of(value: Tensor) -> TensorType:
+        """The type of a (fake) tensor."""
+        shape = tuple(int(s) for s in value.shape)
+        stride = tuple(int(s) for s in value.stride())
+        return TensorType(value.dtype, shape, None if value.is_contiguous() else stride)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a dense tensor of this type."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor input of the model: dotted name, role in the loop, type."""
+
+    name: str
+    role: Role
+    type: TensorType
+
+
+@dataclass(frozen=True)
+class StateSlot:
+    """A tensor that a step reads and the next step finds as this one left it; zeros when a request begins."""
+
+    name: str
+    type: TensorType
+    lifetime: Literal["request", "model"] = "request"
+
+
+@dataclass(frozen=True)
+class Memo:
+    """Values that do not depend on the latent: computed by ``function`` when one of ``keys`` changes, else remembered.
+
+    ``keys`` are the model inputs the values depend on. A "request" memo depends on prompt inputs only and holds one
+    entry a guidance branch; a "schedule" memo depends on the timestep too and holds one entry a step (a table).
+    ``values`` name the function's outputs; the entry reads them as ``memo`` formals.
+    """
+
+    name: str
+    function: str
+    keys: tuple[str, ...]
+    values: tuple[str, ...]
+    lifetime: Literal["request", "schedule"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Static schedule: steps 0..first-1 compute, then one step in ``every``, and the ``last`` steps of the request.
+
+    After the warm-up the counter starts at the last warm-up step: first=3, every=6 computes 0,1,2,8,14,20,...
+    ``mask`` (text of 1 = compute and 0 = reuse, one a step) replaces the formula and fixes the number of steps.
+    """
+
+    every: int = 1
+    first: int = 1
+    last: int = 0
+    mask: str = ""
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """How a skipped value is predicted from those of earlier computed steps: a linear combination of them.
+
+    ``basis``: "hold" (newest value), "taylor" (TaylorSeer's finite differences), "newton" / "lagrange" (the polynomial
+    through the last order + 1 values). ``time``: measure distance in "step" index or in "timestep".
+    """
+
+    basis: Literal["hold", "taylor", "newton", "lagrange"] = "hold"
+    order: int = 0
+    time: Literal["step", "timestep"] = "step"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One question a step: compute these regions, or predict them?
+
+    ``slots[k]`` are the state slots of the k-th predicted value, newest first (order + 1 of them). When a step
+    computes, slot 0 takes the new value and slot i that of slot i-1; when it predicts, nothing changes.
+    ``weights`` names the control input that carries the predictor's coefficients, newest first.
+    """
+
+    name: str
+    regions: tuple[str, ...]
+    schedule: Interval
+    predictor: Predictor
+    slots: tuple[tuple[str, ...], ...]
+    weights: str
+
+
+RegionRole = Literal["model", "stage", "block", "attn", "mlp"]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A piece of the model found in the graph.
+
+    ``id``: ``model``; ``blocks.3`` (numbered along the main latent chain over all stages); ``blocks.3.attn``.
+    ``stage``: index of the run of isomorphic blocks this one belongs to. ``alias``: the module path where the capture
+    knew one, for display only. ``flops``: of one call, by ``ir/cost.py``. ``function``: the shared body of a block.
+    """
+
+    id: str
+    role: RegionRole
+    parent: str
+    stage: int = -1
+    flops: int = 0
+    function: str = ""
+    alias: str = ""
+
+
+@dataclass(frozen=True)
+class Function:
+    """An fx graph with typed inputs and outputs. Never mutate ``graph``: ir/edit.py makes changed copies.
+
+    Every node carries ``meta["val"]`` (a FakeTensor, or a tuple of them for a call), ``meta["region"]`` (region id, or
+    a relative ``.attn`` inside a block body, or "") and ``meta["origin"]`` (the pass that made it). Placeholders carry
+    ``meta["formal"]``. The output is a flat tuple of nodes: the results, then one value for each of ``state_out``.
+    """
+
+    name: str
+    graph: fx.Graph
+    state_out: tuple[str, ...] = ()
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return [n for n in self.graph.nodes if n.op == "placeholder"]
+
+    @property
+    def output(self) -> fx.Node:
+        return self.graph.output_node()
+
+    @property
+    def results(self) -> tuple[fx.Node, ...]:
+        """All output nodes: results of the function, then the new state."""
+        return tuple(self.output.args[0])  # type: ignore[arg-type]
+
+    @property
+    def n_results(self) -> int:
+        return len(self.results) - len(self.state_out)
+
+
+def formal(node: fx.Node) -> Formal:
+    """What a placeholder stands for."""
+    value: Formal = node.meta["formal"]
+    return value
+
+
+def is_call(node: fx.Node) -> bool:
+    """Whether the node calls a shared block body."""
+    return node.op == "call_function" and node.target is invoke_subgraph
+
+
+def callee(node: fx.Node) -> str:
+    """Name of the function that a call node calls."""
+    return str(node.args[1])
+
+
+def call_args(node: fx.Node) -> tuple[fx.Node, ...]:
+    """Actual arguments of a call node."""
+    return tuple(node.args[2:])  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Program:
+    """See the module docstring. ``inputs`` and ``outputs`` are flat; packing into the model's own structure is the
+    caller's (``capture.CallSpec``). ``applied`` lists the passes so far in their text form, so that a second run of a
+    pass knows."""
+
+    functions: Mapping[str, Function]
+    entry: str
+    params: Mapping[str, Tensor]
+    inputs: tuple[Input, ...]
+    outputs: tuple[str, ...]
+    state: tuple[StateSlot, ...] = ()
+    memos: tuple[Memo, ...] = ()
+    decisions: tuple[Decision, ...] = ()
+    regions: tuple[Region, ...] = ()
+    applied: tuple[str, ...] = ()
+    _cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def replace(self, **changes: Any) -> Program:
+        """A Program with some fields changed."""
+        return dataclasses.replace(self, _cache={}, **changes)
+
+    @property
+    def step(self) -> Function:
+        """The entry function: one step of the loop."""
+        return self.functions[self.entry]
+
+    def region(self, id: str) -> Region:
+        """The region of this id."""
+        for region in self.regions:
+            if region.id == id:
+                return region
+        raise KeyError(id)
+
+    def blocks(self) -> list[Region]:
+        """The block regions in order of the main chain."""
+        return [r for r in self.regions if r.role == "block"]
+
+    def calls(self) -> Iterator[fx.Node]:
+        """Call sites of the entry, in order."""
+        return (n for n in self.step.graph.nodes if is_call(n))
+
+    def module(self, function: str | None = None) -> fx.GraphModule:
+        """A GraphModule of a function, block bodies attached; inputs in placeholder order, outputs a flat tuple."""
+        root = torch.nn.Module()
+        chosen = self.functions[function or self.entry]
+        for node in chosen.graph.nodes:
+            if is_call(node) and not hasattr(root, callee(node)):
+                setattr(root, callee(node), self.module(callee(node)))
+        return fx.GraphModule(root, _copy(chosen.graph), class_name=chosen.name)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Program):
+            return NotImplemented
+        from ditopt.ir.text import print_program
+
+        return print_program(self) == print_program(other) and all(
+            self.params[k] is other.params[k] or torch.equal(self.params[k], other.params[k]) for k in self.params
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __str__(self) -> str:
+        from ditopt.ir.text import print_program
+
+        return print_program(self)
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    new = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    out = new.graph_copy(graph, values)
+    new.output(out)
+    return new

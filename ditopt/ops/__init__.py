@@ -1,0 +1,8 @@
+"""Semantic operators: one file each, with schema, fake, eager reference and contract.
+
+Importing this package registers them as ``torch.ops.ditopt.*``.
+"""
+
+from ditopt.ops.select import select
+
+__all__ = ["select"]
