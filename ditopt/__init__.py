@@ -1,0 +1,101 @@
+"""ditopt: a graph optimizer for diffusion transformers.
+
+    fast = ditopt.optimize(model, recipe="lossless", example_inputs=kwargs)
+
+The names below load their modules at first use, so that ``import ditopt`` costs nothing that a program does not use:
+no torch, no compiler, no exporter, no diffusers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ditopt import errors, measure, zoo
+    from ditopt.api import explain, export_onnx, load, optimize, restore, save
+    from ditopt.errors import (
+        ArtifactError,
+        BadInput,
+        CaptureError,
+        DitoptError,
+        DitoptWarning,
+        MissingExtra,
+        PassError,
+        RecipeError,
+        SessionError,
+        TextError,
+        VerifyError,
+    )
+    from ditopt.recipe import Recipe
+
+    __version__: str
+
+__all__ = [
+    "ArtifactError",
+    "BadInput",
+    "CaptureError",
+    "DitoptError",
+    "DitoptWarning",
+    "MissingExtra",
+    "PassError",
+    "Recipe",
+    "RecipeError",
+    "SessionError",
+    "TextError",
+    "VerifyError",
+    "__version__",
+    "errors",
+    "explain",
+    "export_onnx",
+    "load",
+    "measure",
+    "optimize",
+    "restore",
+    "save",
+    "zoo",
+]
+
+# The module that each lazy name is loaded from.
+_HOME = {
+    "ArtifactError": "ditopt.errors",
+    "BadInput": "ditopt.errors",
+    "CaptureError": "ditopt.errors",
+    "DitoptError": "ditopt.errors",
+    "DitoptWarning": "ditopt.errors",
+    "MissingExtra": "ditopt.errors",
+    "PassError": "ditopt.errors",
+    "Recipe": "ditopt.recipe",
+    "RecipeError": "ditopt.errors",
+    "SessionError": "ditopt.errors",
+    "TextError": "ditopt.errors",
+    "VerifyError": "ditopt.errors",
+    "explain": "ditopt.api",
+    "export_onnx": "ditopt.api",
+    "load": "ditopt.api",
+    "optimize": "ditopt.api",
+    "restore": "ditopt.api",
+    "save": "ditopt.api",
+}
+_MODULES = ("errors", "measure", "zoo")
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported from its module when it is first asked for."""
+    value: Any
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"ditopt.{name}")
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version("ditopt")
+    else:
+        raise AttributeError(f"module 'ditopt' has no attribute {name!r}")
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
