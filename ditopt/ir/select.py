@@ -1,0 +1,111 @@
+"""Region selectors: which part of a model an option means, as text that fits every model.
+
+    model                        everything
+    blocks  blocks.3  blocks.1:-1  blocks.10%:90%      one run of consecutive blocks
+    stage.0                      the run of isomorphic blocks number 0
+    blocks.*.attn  blocks.1:-1.mlp  stage.1.attn       one module inside each of those blocks
+    a|b                          alternatives, each one selection
+
+Slices are Python's; a fraction is of the number of blocks, rounded to the nearest.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from ditopt.errors import RecipeError
+from ditopt.ir.program import Program, Region
+
+_ROLES = ("attn", "mlp")
+_ALTERNATIVE = re.compile(r"(?:(?P<head>blocks|stage)(?:\.(?P<index>\*|[-\d:%]+))?(?:\.(?P<role>[A-Za-z_]\w*))?)$")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What one alternative selects: everything, a run of consecutive blocks, or one module in each of some blocks.
+
+    ``blocks`` in order of the main chain, empty for "model"; ``role`` is that of the modules, else "".
+    """
+
+    kind: Literal["model", "run", "modules"]
+    blocks: tuple[Region, ...] = ()
+    role: str = ""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Ids of the regions that are selected."""
+        if self.kind == "model":
+            return ("model",)
+        return tuple(f"{b.id}.{self.role}" if self.role else b.id for b in self.blocks)
+
+
+def select_regions(program: Program, text: str) -> list[Selection]:
+    """The selections that ``text`` makes in ``program``. RecipeError where an alternative is malformed or matches
+    nothing; its sentence says what the model has."""
+    return [_select(program, alternative.strip()) for alternative in text.split("|")]
+
+
+def _select(program: Program, text: str) -> Selection:
+    if text == "model":
+        return Selection("model")
+    match = _ALTERNATIVE.match(text)
+    if match is None:
+        raise RecipeError(f"region {text!r} is not a selector; {_what_there_is(program)}")
+    index, role = match["index"], match["role"] or ""
+    if index == "*" and not role:
+        raise RecipeError(f"region {text!r}: write 'blocks' for all of them, or a role as in 'blocks.*.attn'")
+    if match["head"] == "stage":
+        if index is None or not index.isdigit():
+            raise RecipeError(f"region {text!r}: a stage is chosen by its number, as in 'stage.0'")
+        blocks = [b for b in program.blocks() if b.stage == int(index)]
+    else:
+        blocks = _slice(text, program.blocks(), index or "*")
+    if role:
+        blocks = [b for b in blocks if f"{b.id}.{role}" in _ids(program)]
+    if not blocks:
+        raise RecipeError(f"region {text!r} matches nothing; {_what_there_is(program)}")
+    return Selection("modules" if role else "run", tuple(blocks), role)
+
+
+def _slice(text: str, blocks: list[Region], index: str) -> list[Region]:
+    parts = index.split(":")
+    bad = RecipeError(f"region {text!r}: {index!r} is not a block number or a slice such as 1:-1 or 10%:90%")
+    if len(parts) > 2 or not all(re.fullmatch(r"\*|-?\d+|\d+%|", p) for p in parts):
+        raise bad
+    if parts == ["*"]:
+        return blocks
+    if "*" in parts or (len(parts) == 1 and not re.fullmatch(r"-?\d+", index)):
+        raise bad
+    n = len(blocks)
+    if len(parts) == 1:
+        at = int(index) + (n if index.startswith("-") else 0)
+        return blocks[at : at + 1] if 0 <= at < n else []
+
+    def bound(part: str) -> int | None:
+        if part.endswith("%"):
+            return (2 * n * int(part[:-1]) + 100) // 200  # rounds half up; round() would round half to even
+        return int(part) if part else None
+
+    return blocks[slice(*map(bound, parts))]
+
+
+def _ids(program: Program) -> set[str]:
+    return {r.id for r in program.regions}
+
+
+def _what_there_is(program: Program) -> str:
+    blocks = program.blocks()
+    if not blocks:
+        return (
+            "no repeated blocks were found in this model, so only 'model' can be selected (outline_blocks finds them)"
+        )
+    roles = [r for r in _ROLES if any(f"{b.id}.{r}" in _ids(program) for b in blocks)]
+    stages = sorted({b.stage for b in blocks if b.stage >= 0})
+    inside = f"roles {', '.join(roles)} inside them" if roles else "no attn or mlp found inside them"
+    examples = ["blocks", f"blocks.1:-1{'.' + roles[0] if roles else ''}" if len(blocks) > 2 else "blocks.0"]
+    return (
+        f"the model has {len(blocks)} block{'s' if len(blocks) > 1 else ''} ({blocks[0].id} to {blocks[-1].id}), "
+        f"{len(stages)} stage{'s' if len(stages) != 1 else ''}, {inside}; try {' or '.join(map(repr, examples))}"
+    )

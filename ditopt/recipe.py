@@ -1,0 +1,327 @@
+"""Recipes: which passes to run with which options, as one line of text, as a file, or by the name of a published system.
+
+    hoist_invariants, cache{region=blocks.1:-1,every=3,predictor=taylor,order=2}
+    lossless, fora{interval=3}
+    my_recipe.toml
+
+A Recipe is intent and nothing else: frozen, hashable, and ``Recipe.parse(str(r)) == r``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from ditopt import pipeline
+from ditopt.errors import RecipeError
+from ditopt.pipeline import Value, print_call, read_value, suggest
+
+__all__ = ["Parameter", "Recipe", "Step", "System", "available"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass of a recipe and the options that were given for it, in the order given."""
+
+    name: str
+    options: Mapping[str, Value] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", dict(self.options))  # a copy: the caller's dict may change
+
+    def __hash__(self) -> int:
+        return hash((self.name, frozenset(self.options.items())))
+
+    def __str__(self) -> str:
+        return print_call(self.name, self.options)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Steps in order. ``name`` is the published system or file that they came from, for display only."""
+
+    steps: tuple[Step, ...] = ()
+    name: str = field(default="", compare=False)
+
+    @staticmethod
+    def parse(source: str | Path | Recipe) -> Recipe:
+        """A recipe from a name, a line of text, a path to a .toml or .json file, or a Recipe.
+
+        The result is checked: every pass exists, every option has its type and range. RecipeError otherwise.
+        """
+        if isinstance(source, Recipe):
+            return Recipe(tuple(_checked(s) for s in source.steps), source.name)
+        if isinstance(source, Path) or (isinstance(source, str) and source.strip().endswith((".toml", ".json"))):
+            return _from_file(Path(str(source).strip()))
+        if isinstance(source, str):
+            return _from_text(source)
+        raise RecipeError(f"a recipe is a name, a line of text, a path or a Recipe, not {type(source).__name__}")
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.steps)) if self.steps else NOTHING
+
+    def to_json(self) -> str:
+        """JSON text that ``Recipe.parse`` reads from a .json file."""
+        steps = [{"pass": s.name, "options": dict(s.options)} for s in self.steps]
+        return json.dumps({"ditopt_recipe": 1, "name": self.name, "steps": steps}, indent=1)
+
+    @staticmethod
+    def from_json(text: str, where: str = "recipe") -> Recipe:
+        """The reverse; RecipeError names ``where``."""
+        try:
+            data = json.loads(text)
+            if data["ditopt_recipe"] != 1:
+                raise RecipeError(f"{where}: recipe version {data['ditopt_recipe']}, this ditopt reads version 1")
+            steps = tuple(Step(s["pass"], s.get("options", {})) for s in data["steps"])
+            name = str(data.get("name", ""))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, RecipeError):
+                raise
+            raise RecipeError(f"{where} is not a recipe that Recipe.to_json wrote ({error!r})") from error
+        return Recipe.parse(Recipe(steps, name))
+
+
+NOTHING = "none"
+"""The text of a recipe without passes. Empty text is more often a mistake than a wish."""
+
+
+def _checked(step: Step) -> Step:
+    """``step`` with its values typed by the pass."""
+    made = pipeline.get(step.name).make(step.options)
+    return Step(step.name, {k: getattr(made, k) for k in step.options})
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+_NAME = re.compile(r"[A-Za-z_]\w*")
+_SPACE = re.compile(r"\s*")
+
+
+class _Reader:
+    """Reads ``name{key=value,...}, ...``; every error shows the text and the place."""
+
+    def __init__(self, text: str) -> None:
+        self.text = re.sub(r"\s", " ", text)  # one line, so that the caret of an error stands under its place
+        self.at = 0
+
+    def fail(self, expected: str) -> RecipeError:
+        found = repr(self.text[self.at]) if self.at < len(self.text) else "the end"
+        return RecipeError(
+            f"recipe text, position {self.at}: expected {expected}, found {found}\n  {self.text}\n  {' ' * self.at}^"
+        )
+
+    def peek(self) -> str:
+        match = _SPACE.match(self.text, self.at)
+        assert match is not None  # it matches the empty string
+        self.at = match.end()
+        return self.text[self.at : self.at + 1]
+
+    def name(self, what: str) -> str:
+        self.peek()
+        match = _NAME.match(self.text, self.at)
+        if match is None:
+            raise self.fail(what)
+        self.at = match.end()
+        return match.group()
+
+    def calls(self) -> Iterator[tuple[str, dict[str, str]]]:
+        while True:
+            name = self.name("the name of a pass or recipe")
+            yield name, self.options(name)
+            if not self.peek():
+                return
+            if self.peek() != ",":
+                raise self.fail("',' and another pass, '{' and options, or the end")
+            self.at += 1
+
+    def options(self, of: str) -> dict[str, str]:
+        out: dict[str, str] = {}
+        if self.peek() != "{":
+            return out
+        self.at += 1
+        if self.peek() == "}":
+            self.at += 1
+            return out
+        while True:
+            start = self.at
+            key = self.name(f"the name of an option of {of}")
+            if key in out:
+                self.at = start
+                raise self.fail(f"every option once ({key} is there already)")
+            if self.peek() != "=":
+                raise self.fail(f"'=' after {key}")
+            self.at += 1
+            out[key] = self.value(key)
+            if self.peek() not in (",", "}") or not self.peek():
+                raise self.fail("',' or '}'")
+            self.at += 1
+            if self.text[self.at - 1] == "}":
+                return out
+
+    def value(self, key: str) -> str:
+        quote = self.peek()
+        if quote in ("'", '"') and quote:
+            return self.quoted(quote)
+        start, depth = self.at, 0
+        while self.at < len(self.text):
+            c = self.text[self.at]
+            if c == "{":
+                raise self.fail("a value; braces do not nest, put the value in quotes if it holds one")
+            if c == "}" or (c == "," and depth == 0):
+                break
+            depth += (c == "[") - (c == "]")
+            self.at += 1
+        value = self.text[start : self.at].strip()
+        if not value:
+            raise self.fail(f"a value for {key}")
+        return value
+
+    def quoted(self, quote: str) -> str:
+        self.at += 1
+        out = ""
+        while self.at < len(self.text):
+            c = self.text[self.at]
+            self.at += 1
+            if c == quote:
+                return out
+            if c == "\\" and self.at < len(self.text):
+                c = self.text[self.at]
+                self.at += 1
+            out += c
+        raise self.fail(f"a closing {quote}")
+
+
+def _from_text(text: str) -> Recipe:
+    if text.strip() == NOTHING:
+        return Recipe()
+    calls = list(_Reader(text).calls())
+    systems = available()
+    steps: list[Step] = []
+    for name, options in calls:
+        if name in systems:
+            # Two systems share their exact passes; one run of each is what is meant.
+            steps += [s for s in systems[name].recipe(options).steps if s not in steps]
+        elif name in pipeline.names():
+            steps.append(_checked(Step(name, options)))
+        else:
+            near = suggest(name, [*systems, *pipeline.names()])
+            raise RecipeError(f"no recipe and no pass is called {name!r}; {near}")
+    return Recipe(tuple(steps), calls[0][0] if len(calls) == 1 and calls[0][0] in systems else "")
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A knob of a published system, under the name its users know, and the other names they know it by."""
+
+    name: str
+    default: Value
+    doc: str
+    aliases: tuple[str, ...] = ()
+    min: float | None = None
+
+
+@dataclass(frozen=True)
+class System:
+    """A recipe file: a published system as data. ``passes`` is recipe text with ``{parameter}`` in it."""
+
+    name: str
+    title: str
+    passes: str
+    contract: Literal["exact", "approximate"]
+    source: str = ""
+    seed: str = ""
+    claim: str = ""
+    notes: tuple[str, ...] = ()
+    parameters: tuple[Parameter, ...] = ()
+
+    def recipe(self, given: Mapping[str, Value] | None = None) -> Recipe:
+        """The recipe with some parameters changed; text values are read as the parameter's type."""
+        values: dict[str, Value] = {p.name: p.default for p in self.parameters}
+        known = {alias: p for p in self.parameters for alias in (p.name, *p.aliases)}
+        seen: dict[str, str] = {}
+        for word, value in (given or {}).items():
+            if word not in known:
+                raise RecipeError(f"recipe {self.name} has no parameter {word!r}; {suggest(word, known)}")
+            p = known[word]
+            if p.name in seen:
+                raise RecipeError(f"recipe {self.name}: {seen[p.name]} and {word} are one parameter; give it once")
+            seen[p.name] = word
+            what = f"{self.name}{{{word}=...}}"
+            values[p.name] = typed = read_value(what, type(p.default), value)
+            if p.min is not None and not isinstance(typed, str) and typed < p.min:
+                raise RecipeError(f"{what}: expected at least {p.min:g}, got {typed}")
+        text = _PARAMETER.sub(lambda m: pipeline.print_value(values[m.group(1)]), self.passes)
+        try:
+            return Recipe(_from_text(text).steps, self.name)
+        except RecipeError as error:
+            raise RecipeError(f"recipe {self.name}: {error}") from error
+
+
+_PARAMETER = re.compile(r"\{(\w+)\}")
+_KEYS = {"name", "title", "source", "seed", "claim", "contract", "notes", "passes", "parameters"}
+_PARAMETER_KEYS = {"default", "doc", "aliases", "min"}
+
+
+def _system(text: str, where: str) -> System:
+    """A recipe file's text as a System; RecipeError names ``where`` and the field."""
+    try:
+        data: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{where} is not TOML: {error}") from error
+    for key in data:
+        if key not in _KEYS:
+            raise RecipeError(f"{where}: no field is called {key!r}; {suggest(key, sorted(_KEYS))}")
+    for key in ("name", "passes"):
+        if not isinstance(data.get(key), str):
+            raise RecipeError(f"{where}: the field {key} (text) is missing")
+    parameters = []
+    for name, spec in data.get("parameters", {}).items():
+        if not isinstance(spec, dict) or "default" not in spec or set(spec) - _PARAMETER_KEYS:
+            raise RecipeError(f"{where}: [parameters.{name}] needs default and doc, and may have aliases and min")
+        if not re.search(rf"\{{{name}\}}", data["passes"]):
+            raise RecipeError(f"{where}: parameter {name} is nowhere in passes; write {{{name}}} where it goes")
+        parameters.append(
+            Parameter(name, spec["default"], spec.get("doc", ""), tuple(spec.get("aliases", ())), spec.get("min"))
+        )
+    for name in _PARAMETER.findall(data["passes"]):
+        if name not in {p.name for p in parameters}:
+            raise RecipeError(f"{where}: passes uses {{{name}}}, which [parameters] does not declare")
+    contract = data.get("contract", "approximate")
+    if contract not in ("exact", "approximate"):
+        raise RecipeError(f"{where}: contract is 'exact' or 'approximate', not {contract!r}")
+    rest = {k: data.get(k, "") for k in ("source", "seed", "claim")}
+    return System(
+        name=data["name"],
+        title=data.get("title", data["name"]),
+        passes=data["passes"].strip(),
+        contract=contract,
+        notes=tuple(data.get("notes", ())),
+        parameters=tuple(parameters),
+        **rest,
+    )
+
+
+def _from_file(path: Path) -> Recipe:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe file {path} cannot be read ({error})") from error
+    if path.suffix == ".json":
+        return Recipe.from_json(text, str(path))
+    return _system(text, str(path)).recipe()
+
+
+def available() -> dict[str, System]:
+    """The recipes that ship with ditopt, by name."""
+    folder = resources.files("ditopt.recipes")
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
+    return {f.name.removesuffix(".toml"): _system(f.read_text(encoding="utf-8"), f"recipes/{f.name}") for f in files}
