@@ -80,7 +80,7 @@ _HOME = {
 _MODULES = ("errors", "measure", "zoo")
 
 
-def __getattr__(name: str) -> Any:
+def _lazy(name: str) -> Any:
     """A public name, imported from its module when it is first asked for."""
     value: Any
     if name in _HOME:
@@ -88,13 +88,24 @@ def __getattr__(name: str) -> Any:
     elif name in _MODULES:
         value = importlib.import_module(f"ditopt.{name}")
     elif name == "__version__":
-        from importlib.metadata import version
-
-        value = version("ditopt")
+        value = _version()
     else:
         raise AttributeError(f"module 'ditopt' has no attribute {name!r}")
     globals()[name] = value  # the next access does not come here
     return value
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("ditopt")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "0+unknown"
+
+
+if not TYPE_CHECKING:  # a type checker that saw this would accept every attribute, misspelt ones too
+    __getattr__ = _lazy
 
 
 def __dir__() -> list[str]:
