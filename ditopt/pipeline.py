@@ -103,7 +103,7 @@ class Pass:
     def options(cls) -> dict[str, tuple[Any, Value]]:
         """Option name -> (type, default), in order."""
         types = typing.get_type_hints(cls)
-        return {f.name: (types[f.name], f.default) for f in _fields(cls)}
+        return {f.name: (types[f.name], typing.cast(Value, f.default)) for f in _fields(cls)}
 
     @classmethod
     def make(cls, given: Mapping[str, Value]) -> Self:
@@ -225,13 +225,14 @@ def _check_shape(name: str, cls: type[Pass]) -> None:
     params = cls.__dict__.get("__dataclass_params__")
     if params is None or not params.frozen:
         raise PassError(f"{where} must be a @dataclass(frozen=True)")
+    for f in _fields(cls):
+        if f.default is dataclasses.MISSING:
+            raise PassError(f"{where}.{f.name} needs a default")
     if getattr(cls, "contract", None) not in ("exact", "approximate"):
         raise PassError(f'{where} must declare contract = "exact" or "approximate"')
-    for option, (type_, default) in cls.options().items():
+    for option, (type_, _) in cls.options().items():
         if type_ not in (int, float, str, bool) and typing.get_origin(type_) is not Literal:
             raise PassError(f"{where}.{option}: an option is an int, float, str, bool or Literal, not {type_}")
-        if default is dataclasses.MISSING:
-            raise PassError(f"{where}.{option} needs a default")
 
 
 # -- running -----------------------------------------------------------------------------------------------------------

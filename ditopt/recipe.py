@@ -1,4 +1,4 @@
-"""Recipes: which passes to run with which options, as one line of text, as a file, or by the name of a published system.
+"""Recipes: which passes to run with which options, as one line of text, a file, or the name of a published system.
 
     hoist_invariants, cache{region=blocks.1:-1,every=3,predictor=taylor,order=2}
     lossless, fora{interval=3}

@@ -25,9 +25,8 @@ def run_program(
     """
     missing = [i.name for i in program.inputs if i.name not in inputs]
     if missing:
-        raise BadInput(
-            f"the program's inputs {', '.join(missing)} are missing; it takes {', '.join(i.name for i in program.inputs)}"
-        )
+        takes = ", ".join(i.name for i in program.inputs)
+        raise BadInput(f"the inputs {', '.join(missing)} are missing; the program takes {takes}")
     values: dict[tuple[str, str], Tensor] = {("input", k): v for k, v in inputs.items()}
     values |= {("param", k): v for k, v in program.params.items()}
     values |= {("memo", k): v for k, v in (memo or {}).items()}
@@ -59,7 +58,7 @@ def _run(program: Program, function: Function, values: dict[tuple[str, str], Ten
 
 
 def random_inputs(program: Program, seed: int = 0) -> dict[str, Tensor]:
-    """Inputs of the right types: normal floats, integers 0 or 1 (an index fits every table), masks that are all true."""
+    """Inputs of the right types: normal floats, integers 0 or 1 (they fit every table), masks that are all true."""
     generator = torch.Generator().manual_seed(seed)
     out = {}
     for i in program.inputs:
