@@ -1,0 +1,101 @@
+"""FLOPs of what a program really executes: matmul, convolution and attention, from the types in the graph.
+
+One multiply-add counts as two. This is the only FLOPs counter in the repository: plans, reports and benchmarks use it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from ditopt.ir.program import Function, Program, callee, is_call
+
+aten = torch.ops.aten
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(int(s) for s in value.meta["val"].shape)
+
+
+def _matmul(node: fx.Node) -> int:
+    left, right = _shape(node.args[0]), _shape(node.args[1])
+    return 2 * math.prod(_shape(node)) * (left[-1] if left else right[0])
+
+
+def _addmm(node: fx.Node) -> int:
+    return 2 * math.prod(_shape(node)) * _shape(node.args[1])[-1]
+
+
+def _convolution(node: fx.Node) -> int:
+    weight = _shape(node.args[1])  # (out, in / groups, *kernel)
+    return 2 * math.prod(_shape(node)) * math.prod(weight[1:])
+
+
+def _attention(node: fx.Node) -> int:
+    query, key, value = (_shape(a) for a in node.args[:3])
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _einsum(node: fx.Node) -> int:
+    equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
+    if len(operands) < 2:
+        return 0  # a permutation or a sum, no product
+    sizes: dict[str, int] = {}
+    for term, operand in zip(equation.split("->")[0].split(","), operands, strict=True):
+        sizes.update(zip(term, _shape(operand), strict=False))
+    return 2 * math.prod(sizes.values())
+
+
+_COUNT: dict[Any, Callable[[fx.Node], int]] = {
+    aten.linear.default: _matmul,
+    aten.mm.default: _matmul,
+    aten.bmm.default: _matmul,
+    aten.matmul.default: _matmul,
+    aten.mv.default: _matmul,
+    aten.addmm.default: _addmm,
+    aten.baddbmm.default: _addmm,
+    aten.einsum.default: _einsum,
+    aten.conv1d.default: _convolution,
+    aten.conv2d.default: _convolution,
+    aten.conv3d.default: _convolution,
+    aten.convolution.default: _convolution,
+    aten.scaled_dot_product_attention.default: _attention,
+}
+
+
+def flops(node: fx.Node) -> int:
+    """FLOPs of one operator node; a call counts nothing by itself."""
+    count = _COUNT.get(node.target)
+    return count(node) if count is not None else 0
+
+
+def function_flops(program: Program, function: Function) -> int:
+    """FLOPs of one run of ``function``, its calls included."""
+    return sum(
+        function_flops(program, program.functions[callee(n)]) if is_call(n) else flops(n) for n in function.graph.nodes
+    )
+
+
+def step_flops(program: Program) -> tuple[int, int]:
+    """FLOPs of one run of the entry: in all, and inside blocks."""
+    blocks = total = 0
+    for node in program.step.graph.nodes:
+        cost = function_flops(program, program.functions[callee(node)]) if is_call(node) else flops(node)
+        total += cost
+        if str(node.meta.get("region", "")).startswith("blocks."):
+            blocks += cost
+    return total, blocks
+
+
+def is_matmul(node: fx.Node) -> bool:
+    """Whether the node multiplies matrices (attention not included)."""
+    return node.target in _COUNT and node.target is not aten.scaled_dot_product_attention.default
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Whether the node is softmax attention."""
+    return node.target is aten.scaled_dot_product_attention.default

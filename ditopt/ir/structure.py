@@ -1,0 +1,266 @@
+"""Where the blocks are: repeated subgraphs, found in the order of the trace.
+
+A traced model is a sequence of operators; its repeated blocks are a stretch of that sequence that repeats itself with
+some period. ``find_blocks`` looks for such stretches (operators, shapes and constants must agree; names of modules and
+arguments are never read), cuts each where the fewest latent values cross, and adds blocks of another kind that continue
+a stretch (such as a last block that drops the text stream).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from ditopt.ir.binding import Binding
+from ditopt.ir.cost import is_attention, is_matmul
+from ditopt.ir.program import Function, TensorType
+
+aten = torch.ops.aten
+
+CASTS = {aten._to_copy.default, aten.to.dtype, aten.type_as.default, aten.clone.default, aten.contiguous.default}
+
+
+@dataclass(frozen=True)
+class Window:
+    """Nodes ``nodes[start:stop]`` of the trace are one block of stage ``stage``."""
+
+    start: int
+    stop: int
+    stage: int
+
+
+def trace(function: Function) -> list[fx.Node]:
+    """The operators of a function in order."""
+    return [n for n in function.graph.nodes if n.op == "call_function"]
+
+
+def find_blocks(function: Function, binding: Mapping[fx.Node, Binding]) -> list[Window]:
+    """The blocks of a flat function along the trace; empty where nothing repeats."""
+    nodes = trace(function)
+    labels = _labels(nodes)
+    latent = [bool(binding[n] & Binding.LATENT) for n in nodes]
+    useful = [is_attention(n) or is_matmul(n) for n in nodes]
+    reach = _Crossing(nodes, latent)
+    runs = sorted(_runs(labels, [a and b for a, b in zip(latent, useful, strict=True)], 0, len(nodes)))
+    windows: list[Window] = []
+    for stage, (start, stop, period) in enumerate(runs):
+        windows += [Window(a, a + period, stage) for a in _cuts(reach, start, stop, period)]
+    return _with_odd_blocks(nodes, latent, reach, windows)
+
+
+def _labels(nodes: Sequence[fx.Node]) -> np.ndarray:
+    """One number a node: equal where operator, constants and types agree."""
+    known: dict[Hashable, int] = {}
+    return np.array([known.setdefault(label(n), len(known)) for n in nodes])
+
+
+def label(node: fx.Node) -> Hashable:
+    """Operator, constants and types of a node, without what it is connected to."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Mark(_type(n.meta["val"])))
+    return (str(node.target), repr(args), repr(kwargs), _type(node.meta["val"]))
+
+
+class _Mark:
+    def __init__(self, type: str) -> None:
+        self._type = type
+
+    def __repr__(self) -> str:
+        return self._type
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"({','.join(_type(v) for v in value)})"
+    return f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+
+
+def _runs(labels: np.ndarray, useful: Sequence[bool], start: int, stop: int) -> list[tuple[int, int, int]]:
+    """Stretches [start, stop) that repeat with a period, the longest first, then what is left and right of it."""
+    best: tuple[int, int, int, int] | None = None
+    count = np.concatenate([[0], np.cumsum(useful)])
+    part = labels[start:stop]
+    for period in range(4, len(part) // 2 + 1):
+        equal = np.flatnonzero(part[:-period] != part[period:])
+        edges = np.concatenate([[-1], equal, [len(part) - period]])
+        lengths = np.diff(edges) - 1
+        i = int(lengths.argmax())
+        length = int(lengths[i])
+        if length < period:
+            continue
+        first = start + int(edges[i]) + 1
+        last = first + length + period
+        per_block = (count[last] - count[first]) * period / (last - first)
+        if per_block < 2:
+            continue
+        # a multiple of the true period covers as much; the smallest period wins unless a longer one covers clearly more
+        if best is None or last - first > 1.05 * best[0]:
+            best = (last - first, first, last, period)
+    if best is None:
+        return []
+    _, first, last, period = best
+    left, right = _runs(labels, useful, start, first), _runs(labels, useful, last, stop)
+    return [*left, (first, last, period), *right]
+
+
+class _Crossing:
+    """Which values cross a cut of the trace."""
+
+    def __init__(self, nodes: Sequence[fx.Node], latent: Sequence[bool]) -> None:
+        index = {n: i for i, n in enumerate(nodes)}
+        self.last = [
+            max((index.get(u, len(nodes)) for u in n.users), default=i) if n.target is not None else i
+            for i, n in enumerate(nodes)
+        ]
+        # what is computed from a whole (split, getitem) crosses as the parts, the tuple itself never does
+        self.counted = [not isinstance(n.meta["val"], (tuple, list)) for n in nodes]
+        deltas = np.zeros((2, len(nodes) + 2), dtype=int)
+        for i, end in enumerate(self.last):
+            if self.counted[i] and end > i:
+                for row in (0, 1) if latent[i] else (1,):
+                    deltas[row, i + 1] += 1
+                    deltas[row, min(end, len(nodes)) + 1] -= 1
+        self.latent, self.all = (np.cumsum(d) for d in deltas)
+
+
+def _cuts(reach: _Crossing, start: int, stop: int, period: int) -> list[int]:
+    """Starts of the blocks in a periodic stretch: the phase at which the fewest values cross from block to block."""
+    options = []
+    for phase in range(period):
+        copies = (stop - start - phase) // period
+        inner = [start + phase + k * period for k in range(1, copies + (copies == 1))]
+        if copies < 2:
+            continue
+        options.append((int(reach.latent[inner].max()), -copies, int(reach.all[inner].max()), phase, copies))
+    _, _, _, phase, copies = min(options)
+    return [start + phase + k * period for k in range(copies)]
+
+
+def _with_odd_blocks(
+    nodes: Sequence[fx.Node], latent: Sequence[bool], reach: _Crossing, windows: list[Window]
+) -> list[Window]:
+    """Add what continues a run with an attention of its own: from the end of the run to the last residual add."""
+    out: list[Window] = []
+    stage = 0
+    for i, window in enumerate(windows):
+        out.append(Window(window.start, window.stop, stage))
+        following = windows[i + 1].start if i + 1 < len(windows) else len(nodes)
+        if following == window.stop:
+            continue
+        gap = range(window.stop, following)
+        if any(latent[k] and is_attention(nodes[k]) for k in gap):
+            end = _last_residual(nodes, window.stop, following)
+            if end is not None:
+                stage += 1
+                out.append(Window(window.stop, end, stage))
+        stage += 1
+    return out
+
+
+def _last_residual(nodes: Sequence[fx.Node], start: int, stop: int) -> int | None:
+    """End of the chain of residual adds that begins with a value from before ``start``."""
+    before = {n for n in nodes[max(0, start - 2000) : start] if isinstance(n.meta["val"], torch.Tensor)}
+    index = {n: k for k, n in enumerate(nodes[start:stop], start)}
+    chain: set[fx.Node] = {n for n in before if any(u in index for u in n.users)}
+    end = None
+    for k in range(start, stop):
+        node = nodes[k]
+        operands = [a for a in node.args if isinstance(a, fx.Node)]
+        if node.target is aten.add.Tensor and len(operands) == 2:
+            for a, b in (operands, operands[::-1]):
+                if a in chain and b not in chain and b in index and TensorType.of(a.meta["val"]).shape == TensorType.of(node.meta["val"]).shape:
+                    chain.add(node)
+                    end = k + 1
+        elif node.target in CASTS and operands and operands[0] in chain:
+            chain.add(node)
+    return end
+
+
+@dataclass(frozen=True)
+class Module:
+    """A residual branch of a block: ``role`` and the value that leaves it, before the gate."""
+
+    role: str
+    output: fx.Node
+    nodes: frozenset[fx.Node]
+
+
+def find_modules(body: Function, binding: Mapping[fx.Node, Binding]) -> list[Module]:
+    """The attention and MLP branches of a block body, by its residual adds.
+
+    ``x + gate * m(norm(x))``: the branch leaves at ``m``, before a gate that does not depend on the latent. A branch
+    that attends is attention (with an MLP beside it in parallel blocks), another that multiplies matrices is an MLP.
+    """
+    stream = {p for p in body.placeholders if binding[p] & Binding.LATENT}
+    assigned: set[fx.Node] = set()
+    modules: list[Module] = []
+    for node in trace(body):
+        operands = [a for a in node.args if isinstance(a, fx.Node)]
+        if node.target is aten.add.Tensor and len(operands) == 2:
+            for old, branch in (operands, operands[::-1]):
+                if old in stream and branch not in stream and binding[branch] & Binding.LATENT:
+                    found = _branch(branch, stream, binding)
+                    if found is not None and found.output not in {m.output for m in modules}:
+                        modules.append(Module(found.role, found.output, frozenset(found.nodes - assigned)))
+                        assigned |= found.nodes
+                    stream.add(node)
+                    break
+        elif _is_layout(node) and operands and all(a in stream for a in node.all_input_nodes):
+            stream.add(node)
+    return modules
+
+
+def _is_layout(node: fx.Node) -> bool:
+    """Operators that move the values of a stream without computing: joining, splitting, casting."""
+    return node.target in CASTS or node.target in {
+        aten.cat.default,
+        aten.slice.Tensor,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        operator.getitem,
+    }
+
+
+def _branch(value: fx.Node, stream: set[fx.Node], binding: Mapping[fx.Node, Binding]) -> Module | None:
+    while value.target in CASTS:
+        value = value.args[0]  # type: ignore[assignment]
+    if value.target is aten.mul.Tensor:
+        pair = [a for a in value.args if isinstance(a, fx.Node)]
+        latent = [a for a in pair if binding[a] & Binding.LATENT]
+        if len(pair) == 2 and len(latent) == 1 and latent[0].meta["val"].shape == value.meta["val"].shape:
+            value = latent[0]
+    nodes: set[fx.Node] = set()
+    todo = [value]
+    while todo:
+        node = todo.pop()
+        if node in nodes or node in stream or node.op == "placeholder":
+            continue
+        nodes.add(node)
+        todo += node.all_input_nodes
+    if any(is_attention(n) for n in nodes) or any("softmax" in str(n.target) for n in nodes):
+        return Module("attn", value, frozenset(nodes))
+    if any(is_matmul(n) for n in nodes):
+        return Module("mlp", value, frozenset(nodes))
+    return None
+
+
+def stream_origins(body: Function, binding: Mapping[fx.Node, Binding]) -> list[int | None]:
+    """For each result of a body: the formal whose stream it continues by residual adds and casts, or None."""
+    origin: dict[fx.Node, int] = {
+        p: i for i, p in enumerate(body.placeholders) if binding[p] & Binding.LATENT
+    }
+    for node in trace(body):
+        operands = [a for a in node.args if isinstance(a, fx.Node)]
+        if node.target is aten.add.Tensor and len(operands) == 2:
+            for old, other in (operands, operands[::-1]):
+                if old in origin and other not in origin and old.meta["val"].shape == node.meta["val"].shape:
+                    origin[node] = origin[old]
+                    break
+        elif node.target in CASTS and operands and operands[0] in origin:
+            origin[node] = origin[operands[0]]
+    return [origin.get(r) for r in body.results]

@@ -1,0 +1,69 @@
+"""What each input of a denoiser is to the loop, inferred and overridable.
+
+The names are those that denoisers use for their arguments; what no name decides is decided by shape, and what shape
+does not decide is called latent, because then nothing is assumed not to change. No model class is named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import get_args
+
+from torch import Tensor
+
+from ditopt.errors import BadInput
+from ditopt.ir.program import Role
+
+_TIME = re.compile(r"(^|_)(t|ts|r|time|times|timestep|timesteps|sigma|sigmas|noise_level|noise_labels)$")
+_SHAPE = re.compile(r"(^|_)(ids|pos|position|positions|rope|rotary|rotary_emb|freqs|coords|grid|sizes?|shapes?|fps|resolution|aspect_ratio)(_|$)")
+_PROMPT = re.compile(
+    r"(^|_)(encoder|context|ctx|text|txt|prompt|caption|cap|cond|c|y|class|classes|label|labels|pooled|guidance|clip|t5|style|vector|image_embeds?|meta)(_|$)"
+)
+_LATENT = re.compile(r"(^|_)(hidden_states|x|z|xt|img|image|latents?|latent_model_input|sample|noisy|noise|control|controlnet\w*|residuals?|cond_image)$")
+
+
+def clean(name: str) -> str:
+    """The argument's own name, without the decoration that Dynamo or nesting gives it."""
+    last = re.split(r"[.\[\]']+", name.lower().rstrip(".]'"))
+    word = last[0] if last and last[0] else name.lower()
+    return re.sub(r"_+", "_", re.sub(r"^l_(kwargs_|args_|self_)?", "", word)).strip("_")
+
+
+def infer(inputs: Sequence[tuple[str, Tensor]], outputs: Sequence[Tensor], overrides: Mapping[str, Role] | None = None) -> list[Role]:
+    """A role for each (name, tensor). ``overrides`` maps input names to roles; an unknown name or role is BadInput."""
+    names = [name for name, _ in inputs]
+    for name, role in (overrides or {}).items():
+        if name not in names:
+            near = get_close_matches(name, names, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise BadInput(f"roles names the input {name!r}; the model's tensor inputs are {', '.join(names)}{hint}")
+        if role not in get_args(Role):
+            raise BadInput(f"roles gives {name!r} the role {role!r}; roles are {', '.join(get_args(Role))}")
+    roles = [(overrides or {}).get(name) or _by_name(name, value) for name, value in inputs]
+    if "timestep" not in roles:  # unnamed: a vector of one number a row, or a single number
+        rows = outputs[0].shape[0] if outputs and outputs[0].ndim else 1
+        for i, (_, value) in enumerate(inputs):
+            if roles[i] is None and value.ndim <= 1 and value.numel() in (1, rows):
+                roles[i] = "timestep"
+                break
+    if "latent" not in roles:
+        shapes = [tuple(o.shape) for o in outputs]
+        candidates = [i for i, (_, v) in enumerate(inputs) if roles[i] is None and tuple(v.shape) in shapes]
+        for i in candidates[:1]:
+            roles[i] = "latent"
+    return [role or ("prompt" if not v.is_floating_point() and v.ndim <= 1 else "latent") for role, (_, v) in zip(roles, inputs, strict=True)]
+
+
+def _by_name(name: str, value: Tensor) -> Role | None:
+    word = clean(name)
+    if _TIME.search(word):
+        return "timestep"
+    if _LATENT.search(word) and not re.search(r"encoder|text|txt|prompt|caption", word):
+        return "latent"
+    if _SHAPE.search(word):
+        return "shape"
+    if _PROMPT.search(word) or word.endswith("mask"):
+        return "prompt"
+    return None
