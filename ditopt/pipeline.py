@@ -293,7 +293,10 @@ class PassManager:
         return list(self.iterate(program))
 
     def iterate(self, program: Program) -> Iterator[PassResult]:
-        """The same, one pass at a time."""
+        """The same, one pass at a time. VerifyError where ``program`` is not well formed to begin with."""
+        from ditopt.ir.verify import verify
+
+        verify(program)  # else the first pass would be blamed
         earlier: list[str] = []
         for pass_, asked in self.plan(program):
             result = self._one(pass_, asked, program, tuple(earlier))

@@ -9,6 +9,7 @@ A Recipe is intent and nothing else: frozen, hashable, and ``Recipe.parse(str(r)
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import tomllib
@@ -283,31 +284,42 @@ def _system(text: str, where: str) -> System:
     for key in ("name", "passes"):
         if not isinstance(data.get(key), str):
             raise RecipeError(f"{where}: the field {key} (text) is missing")
-    parameters = []
-    for name, spec in data.get("parameters", {}).items():
-        if not isinstance(spec, dict) or "default" not in spec or set(spec) - _PARAMETER_KEYS:
-            raise RecipeError(f"{where}: [parameters.{name}] needs default and doc, and may have aliases and min")
-        if not re.search(rf"\{{{name}\}}", data["passes"]):
-            raise RecipeError(f"{where}: parameter {name} is nowhere in passes; write {{{name}}} where it goes")
-        parameters.append(
-            Parameter(name, spec["default"], spec.get("doc", ""), tuple(spec.get("aliases", ())), spec.get("min"))
-        )
+    for key in ("title", "source", "seed", "claim"):
+        if not isinstance(data.get(key, ""), str):
+            raise RecipeError(f"{where}: the field {key} is text, not {data[key]!r}")
+    notes = data.get("notes", [])
+    if not isinstance(notes, list) or not all(isinstance(n, str) for n in notes):
+        raise RecipeError(f"{where}: the field notes is a list of texts, not {notes!r}")
+    specs = data.get("parameters", {})
+    parameters = [_parameter(name, specs[name], data["passes"], where) for name in specs]
     for name in _PARAMETER.findall(data["passes"]):
         if name not in {p.name for p in parameters}:
             raise RecipeError(f"{where}: passes uses {{{name}}}, which [parameters] does not declare")
     contract = data.get("contract", "approximate")
     if contract not in ("exact", "approximate"):
         raise RecipeError(f"{where}: contract is 'exact' or 'approximate', not {contract!r}")
-    rest = {k: data.get(k, "") for k in ("source", "seed", "claim")}
     return System(
         name=data["name"],
         title=data.get("title", data["name"]),
         passes=data["passes"].strip(),
         contract=contract,
-        notes=tuple(data.get("notes", ())),
+        source=data.get("source", ""),
+        seed=data.get("seed", ""),
+        claim=data.get("claim", ""),
+        notes=tuple(notes),
         parameters=tuple(parameters),
-        **rest,
     )
+
+
+def _parameter(name: str, spec: Any, passes: str, where: str) -> Parameter:
+    where = f"{where}: [parameters.{name}]"
+    if not isinstance(spec, dict) or not {"default", "doc"} <= set(spec) <= _PARAMETER_KEYS:
+        raise RecipeError(f"{where} needs default and doc, and may have aliases and min")
+    if not isinstance(spec["default"], (int, float, str, bool)):
+        raise RecipeError(f"{where}: a default is a number, text, true or false, not {spec['default']!r}")
+    if f"{{{name}}}" not in passes:
+        raise RecipeError(f"{where} is nowhere in passes; write {{{name}}} where it goes")
+    return Parameter(name, spec["default"], spec["doc"], tuple(spec.get("aliases", ())), spec.get("min"))
 
 
 def _from_file(path: Path) -> Recipe:
@@ -322,6 +334,11 @@ def _from_file(path: Path) -> Recipe:
 
 def available() -> dict[str, System]:
     """The recipes that ship with ditopt, by name."""
+    return dict(_shipped())
+
+
+@functools.cache
+def _shipped() -> dict[str, System]:
     folder = resources.files("ditopt.recipes")
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
     return {f.name.removesuffix(".toml"): _system(f.read_text(encoding="utf-8"), f"recipes/{f.name}") for f in files}

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ditopt import pipeline
+from ditopt.ir.edit import Editor, replace_functions
 from ditopt.ir.interpret import random_inputs, run_program
 from ditopt.ir.program import Program
 from ditopt.ir.verify import verify
@@ -112,8 +113,7 @@ def test_idempotent(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_text(name):
     cls = pipeline.get(name)
-    settings = [cls()] + ([cls.neutral()] if cls.neutral() else [])
-    for pass_ in settings:
+    for pass_ in filter(None, (cls(), cls.neutral())):
         (step,) = Recipe.parse(pass_.text).steps
         assert pipeline.get(step.name).make(step.options) == pass_
     assert cls.__doc__, "a pass says what it does"
@@ -130,8 +130,6 @@ aten = torch.ops.aten
 
 
 def changed(program: Program, factor: float) -> Program:
-    from ditopt.ir.edit import Editor, replace_functions
-
     with Editor(program.step, "stub") as e:
         e.set_results([e.op(aten.mul.Scalar, r, factor) for r in e.results])
     return replace_functions(program, {program.entry: e.function()})
@@ -182,7 +180,7 @@ class _Silent(_Stub):
 
 @dataclass(frozen=True)
 class _NoNeutral(_Stub):
-    contract = "approximate"
+    contract = "approximate"  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_a_malformed_pass_file_is_named(add_pass, text, said):
 
 
 def test_a_run_is_verified_timed_and_recorded(stubs):
-    seen = []
+    seen: list[pipeline.PassResult] = []
     before = program()
     first, second = PassManager("mend, scale{factor=4}", Context(target="t"), seen.append).run(before)
     assert (first.applied, second.applied) == (1, 1)
@@ -258,8 +258,15 @@ def test_a_malformed_program_is_the_fault_of_its_pass(stubs):
     assert isinstance(error.value.__cause__, VerifyError)
 
 
+def test_a_program_that_was_malformed_before_is_nobodys_fault(stubs):
+    broken = program()
+    next(iter(broken.step.graph.nodes)).meta.pop("val")
+    with pytest.raises(VerifyError):
+        PassManager("mend").run(broken)
+
+
 def test_options_are_checked_before_anything_runs(stubs):
-    ran = []
+    ran: list[pipeline.PassResult] = []
     with pytest.raises(RecipeError, match="expected more than 0"):
         PassManager("mend, scale{factor=-1}", after_each=ran.append).run(program())
     assert ran == []
