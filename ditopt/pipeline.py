@@ -55,7 +55,7 @@ class Outcome:
 
 class Pass:
     """Base of every pass; a subclass is a frozen dataclass whose fields (int, float, str, bool or a Literal of str, all
-    with defaults) are its options.
+    with defaults) are its options. No option is called like an attribute of this class (``name``, ``text`` ...).
 
     ``contract``: "exact", or "approximate" with a neutral setting. ``requires``: passes that must have run before; the
     manager adds them where absent. ``after``: passes that run earlier where both are asked for.
@@ -220,6 +220,11 @@ def discover() -> dict[str, type[Pass]]:
 def _check_shape(name: str, cls: type[Pass]) -> None:
     """PassError, addressed to the author of the pass, where the class is not what ``Pass`` asks for."""
     where = f"passes/{name}.py: {cls.__name__}"
+    for f in _fields(cls) if dataclasses.is_dataclass(cls) else ():
+        if hasattr(Pass, f.name):
+            raise PassError(
+                f"{where}: an option cannot be called {f.name!r}, which every pass has; choose another word"
+            )
     if cls.name != name:
         raise PassError(f"{where} is called {cls.name!r}; the name of a pass is that of its file")
     params = cls.__dict__.get("__dataclass_params__")

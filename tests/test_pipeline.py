@@ -173,6 +173,7 @@ def test_an_unknown_pass_is_said(stubs):
         (HEAD + '    contract = "exact"\n    name = "other"', "is called 'other'"),
         (HEAD + '    contract = "exact"\n    a: list = None', "int, float, str, bool"),
         (HEAD + '    contract = "exact"\n    a: int', "a needs a default"),
+        (HEAD + '    contract = "exact"\n    name: str = ""', "an option cannot be called 'name'"),
     ],
 )
 def test_a_malformed_pass_file_is_named(add_pass, text, said):

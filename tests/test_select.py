@@ -61,7 +61,7 @@ def test_modules_and_alternatives():
 
 
 @pytest.mark.parametrize(
-    "text", ["blocks.10", "blocks.-11", "blocks.5:5", "stage.2", "stage.1.attn", "blocks.*.ffn", "blocks.6:.attn"]
+    "text", ["blocks.10", "blocks.-12", "blocks.5:5", "stage.2", "stage.1.attn", "blocks.*.ffn", "blocks.6:.attn"]
 )
 def test_matching_nothing_says_what_there_is(text):
     with pytest.raises(
