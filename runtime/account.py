@@ -1,0 +1,142 @@
+"""Bookkeeping of a Session: what was executed, and why a cache that was asked for never hit."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ditopt.errors import DitoptWarning
+from ditopt.runtime.policy import REUSE, Schedule
+
+_PATIENCE = 8  # calls without a hit, over at least
+_REQUESTS = 3  # requests, after which a bare module is told that nothing is reused
+
+
+@dataclass(frozen=True)
+class Row:
+    """One executed call: step of the request, branch numbered by first appearance, name of the graph that ran, and
+    decision name -> "compute" | "reuse"."""
+
+    step: int
+    branch: int
+    graph: str
+    choices: Mapping[str, str]
+
+
+@dataclass
+class Stats:
+    """What a Session executed since it was made.
+
+    ``calls`` of the model, in ``requests``, at ``steps`` (a step with two guidance branches is two calls). ``hits``:
+    calls that reused, by decision; ``graphs``: calls by graph. ``flops`` and ``block_flops`` were executed (memo
+    functions included in the first), ``full_flops`` and ``full_block_flops`` are what the plain model would have.
+    ``reads``: times the host read tensor contents, a synchronisation where the tensor is not in host memory.
+    ``memo_fills``, ``memo_hits``, ``memo_drops``: entries of hoisted values made, found, forgotten for new weights.
+    """
+
+    requests: int = 0
+    steps: int = 0
+    calls: int = 0
+    hits: Counter[str] = field(default_factory=Counter)
+    graphs: Counter[str] = field(default_factory=Counter)
+    flops: int = 0
+    block_flops: int = 0
+    full_flops: int = 0
+    full_block_flops: int = 0
+    reads: int = 0
+    memo_fills: int = 0
+    memo_hits: int = 0
+    memo_drops: int = 0
+
+    @property
+    def syncs(self) -> int:
+        """Another name of ``reads``."""
+        return self.reads
+
+    @property
+    def share_flops(self) -> float:
+        """Executed / plain FLOPs; 1.0 before the first call."""
+        return self.flops / self.full_flops if self.full_flops else 1.0
+
+    @property
+    def share_block_flops(self) -> float:
+        """Executed / plain FLOPs inside blocks; 1.0 before the first call."""
+        return self.block_flops / self.full_block_flops if self.full_block_flops else 1.0
+
+
+@dataclass
+class Ledger:
+    """The hits and misses of one request. ``rules``: the schedules of the decisions asked so far."""
+
+    request: int = 0
+    calls: int = 0
+    top: int = -1
+    rows: list[Row] = field(default_factory=list)
+    rules: dict[str, Schedule] = field(default_factory=dict)
+    wanted: Counter[str] = field(default_factory=Counter)
+    hits: Counter[str] = field(default_factory=Counter)
+
+    def note(self, row: Row, wanted: Mapping[str, str], rules: Mapping[str, Schedule]) -> None:
+        """A call succeeded."""
+        self.calls += 1
+        self.top = max(self.top, row.step)
+        self.rows.append(row)
+        self.rules.update(rules)
+        self.wanted.update(n for n, c in wanted.items() if c == REUSE)
+        self.hits.update(n for n, c in row.choices.items() if c == REUSE)
+
+    def reason(self, name: str) -> str:
+        """Why decision ``name`` did not hit in this request."""
+        rule = self.rules[name]
+        first = rule.first_reuse()
+        if first is None:
+            if rule.steps is None or rule.interval.every == 1 or rule.interval.mask:
+                return "its schedule computes every step"
+            return f"its warm-up and last steps leave none of the {rule.steps} steps to reuse"
+        if self.top < first:
+            return f"the request ran {self.top + 1} steps and its schedule first reuses at step {first}"
+        if self.wanted[name]:
+            return "no compiled variant reuses it together with what the other decisions chose"
+        return "each guidance branch was new, or had missed steps, whenever the schedule would have reused"
+
+    def warn(self) -> None:
+        """The request ended as meant: a DitoptWarning for the decisions that never hit."""
+        for name in self.rules:
+            if not self.hits[name]:
+                warnings.warn(
+                    f"cache {name!r} was never reused in this request: {self.reason(name)}", DitoptWarning, stacklevel=4
+                )
+
+
+@dataclass
+class Patience:
+    """Watches a bare module, where nobody says that a request ended: warns once when nothing is ever reused."""
+
+    calls: int = 0
+    opened: Counter[str] = field(default_factory=Counter)
+    told: bool = False
+
+    def note(self, opened: str, hit: bool, ledger: Ledger) -> None:
+        """A call of a guessed request succeeded."""
+        if hit:
+            self.calls = 0
+            self.opened.clear()
+        if hit or self.told:
+            return
+        self.calls += 1
+        if opened:
+            self.opened[opened] += 1
+        if self.calls < _PATIENCE or sum(self.opened.values()) < _REQUESTS or not ledger.rules:
+            return
+        self.told = True
+        why = "; ".join(f"{count} x {reason}" for reason, count in self.opened.most_common())
+        first = "; ".join(f"{name!r}: {ledger.reason(name)}" for name in ledger.rules)
+        warnings.warn(
+            f"nothing was reused in {self.calls} calls, because {sum(self.opened.values())} requests were opened meanwhile "
+            f"({why}). In the last one: {first}. If these calls belong to one loop, announce it with "
+            "`with model.session(steps=...)`, or optimize the pipeline instead of the model",
+            DitoptWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,136 @@
+"""Ready: a Plan with what a Session derives from it once: roles, schedules, memos, slots, control tensors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ditopt.artifact import Plan
+from ditopt.errors import DitoptWarning, SessionError
+from ditopt.ir.program import TensorType
+from ditopt.runtime.memo import Memos
+from ditopt.runtime.policy import Schedule, schedule
+
+_AGAIN = "optimize the model again for these inputs"
+
+
+class Ready:
+    """``names``: input names by role; ``graphs``: step and memo graphs by name; ``models``: slots that outlive
+    requests; ``lasting``: their values; ``reads_time``: whether every call has to read the timestep."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.manifest = plan, plan.manifest
+        self.memos = Memos(plan.manifest)
+        self.graphs = {g.name: g for g in (*plan.manifest.graphs, *plan.manifest.memo_graphs)}
+        self.names: dict[str, list[str]] = {role: [] for role in ("latent", "timestep", "prompt", "shape")}
+        for i in plan.manifest.inputs:
+            self.names[i.role].append(i.name)
+        self.models = {s.name for s in plan.manifest.state if s.lifetime == "model"}
+        self.lasting: dict[str, Tensor] = {}
+        self.reads_time = self.memos.reads_time() or any(
+            d.predictor.time == "timestep" and d.predictor.basis != "hold" for d in plan.manifest.decisions
+        )
+        self._types = {s.name: s.type for s in plan.manifest.state}
+        self._rules: dict[int | None, dict[str, Schedule]] = {}
+        self._steps: int | None = None
+        self._late = False
+        self._device: torch.device | None = None
+        self._control: dict[tuple[str, tuple[float, ...], torch.device], Tensor] = {}
+
+    def by_role(self, given: Mapping[str, Tensor], role: str) -> list[Tensor]:
+        """The inputs of one role, in the manifest's order."""
+        return [given[name] for name in self.names[role]]
+
+    def check(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Inputs by name, with the strides that the graphs were compiled for; SessionError where they do not fit."""
+        wanted = self.manifest.inputs
+        if len(inputs) != len(wanted):
+            raise SessionError(
+                f"{len(inputs)} inputs given, {len(wanted)} expected ({', '.join(i.name for i in wanted)})"
+            )
+        given: dict[str, Tensor] = {}
+        for spec, tensor in zip(wanted, inputs, strict=True):
+            if tensor.dtype != spec.type.dtype or tuple(tensor.shape) != spec.type.shape:
+                raise SessionError(
+                    f"input {spec.name!r} is {tensor.dtype}{list(tensor.shape)}, this plan was compiled for "
+                    f"{spec.type.dtype}{list(spec.type.shape)}; {_AGAIN}"
+                )
+            given[spec.name] = _strided(tensor, spec.type)
+        device = self.device(given)
+        self._device = self._device or torch.device(self.manifest.extra.get("device", device))
+        if device.type != self._device.type or (self._device.index is not None and device != self._device):
+            raise SessionError(f"inputs are on {device}, this plan runs on {self._device}; {_AGAIN}")
+        return given
+
+    def device(self, given: Mapping[str, Tensor]) -> torch.device:
+        """Where the step runs: the device of the latent."""
+        for name in [*self.names["latent"], *given]:
+            return given[name].device
+        return torch.device("cpu")
+
+    def rules(self, declared: int | None) -> dict[str, Schedule]:
+        """The schedule of each decision for a request of ``declared`` steps (None: as many as the manifest says)."""
+        planned = self.manifest.steps or max((len(d.schedule.mask) for d in self.manifest.decisions), default=0) or None
+        self._steps = declared or planned
+        if self._steps not in self._rules:
+            made = {d.name: schedule(d.schedule, self._steps, d.name) for d in self.manifest.decisions}
+            if declared and planned and declared != planned and made:
+                warnings.warn(
+                    f"this request runs {declared} steps and the model was optimized for {planned}: the schedule was made "
+                    f"again for {declared}; pass steps={declared} to optimize if that is what you want to run",
+                    DitoptWarning,
+                    stacklevel=5,
+                )
+            self._rules[self._steps] = made
+        return self._rules[self._steps]
+
+    def late(self, step: int) -> bool:
+        """Whether the step lies beyond the declared ones; the first time a DitoptWarning says so."""
+        steps = self._steps
+        if steps is None or step < steps:
+            return False
+        if not self._late and self.manifest.decisions:
+            self._late = True
+            warnings.warn(
+                f"step {step} of a request that was declared to have {steps} steps: it and those after it compute "
+                "everything; declare the true number of steps",
+                DitoptWarning,
+                stacklevel=5,
+            )
+        return True
+
+    def param(self, params: Mapping[str, Tensor], name: str) -> Tensor:
+        """A weight by name."""
+        if name not in params:
+            raise SessionError(f"weight {name!r} is missing; restore the model or optimize again")
+        return params[name]
+
+    def slot(self, slots: Mapping[str, Tensor], name: str, device: torch.device) -> Tensor:
+        """The value of a state slot, zeros of its type where nothing was written yet."""
+        value = self.lasting.get(name) if name in self.models else slots.get(name)
+        if value is not None:
+            return value
+        type_ = self._types[name]
+        if type_.stride is None:
+            return torch.zeros(type_.shape, dtype=type_.dtype, device=device)
+        return torch.empty_strided(type_.shape, type_.stride, dtype=type_.dtype, device=device).zero_()
+
+    def control(self, name: str, weights: Sequence[float], device: torch.device) -> Tensor:
+        """The float32 control tensor of some weights. They repeat from request to request, so they are kept."""
+        key = (name, tuple(weights), device)
+        if key not in self._control:
+            if len(self._control) >= 4096:
+                self._control.clear()
+            self._control[key] = torch.tensor(list(weights), dtype=torch.float32).to(device)
+        return self._control[key]
+
+
+def _strided(tensor: Tensor, type_: TensorType) -> Tensor:
+    if type_.stride is None:
+        return tensor if tensor.is_contiguous() else tensor.contiguous()
+    if tensor.stride() == type_.stride:
+        return tensor
+    return torch.empty_strided(type_.shape, type_.stride, dtype=type_.dtype, device=tensor.device).copy_(tensor)

@@ -1,0 +1,232 @@
+"""When to compute, when to predict, and with which coefficients: pure arithmetic on Python floats.
+
+The same functions serve the Session (one step at a time, from what really ran) and ``table`` (a dry run of a whole
+request, for reports and for the ONNX manifest), so that the printed schedule is the executed one.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ditopt.artifact import StepGraph
+from ditopt.errors import DitoptWarning, SessionError
+from ditopt.ir.program import Decision, Interval, Predictor
+
+COMPUTE, REUSE = "compute", "reuse"
+
+_FLOAT32_MAX = 3.4028234663852886e38
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """An Interval for a known (or, with None, unknown) number of steps. Call it with a step index from 0: True where
+    the step computes. Steps at or beyond the number of steps compute."""
+
+    interval: Interval
+    steps: int | None
+
+    def __call__(self, step: int) -> bool:
+        if self.interval.mask:
+            return step >= len(self.interval.mask) or self.interval.mask[step] == "1"
+        warm = max(self.interval.first, 1)  # nothing is cached before the first step
+        if step < warm or (step - warm + 1) % self.interval.every == 0:
+            return True
+        return self.steps is not None and step >= self.steps - self.interval.last
+
+    def first_reuse(self) -> int | None:
+        """The first step that does not compute; None where every step computes."""
+        horizon = self.steps or len(self.interval.mask) or max(self.interval.first, 1) + 1
+        # a mask may begin with 0, but the first step of a request always computes
+        return next((s for s in range(1, horizon) if not self(s)), None)
+
+
+def schedule(interval: Interval, steps: int | None, name: str = "cache") -> Schedule:
+    """The schedule of decision ``name`` over ``steps`` steps.
+
+    A mask fixes the number of steps; another number is a SessionError, as is an interval that cannot be followed.
+    Without a number of steps ``last`` cannot be honoured: one DitoptWarning says so.
+    """
+    if interval.mask:
+        if set(interval.mask) - {"0", "1"}:
+            raise SessionError(
+                f"decision {name!r}: mask {interval.mask!r} given; a mask is a text of 1 (compute) and 0 (reuse)"
+            )
+        if steps is not None and steps != len(interval.mask):
+            raise SessionError(
+                f"decision {name!r}: its mask has {len(interval.mask)} entries and this request runs {steps} steps; "
+                f"run {len(interval.mask)} steps, or optimize again with a mask of {steps} entries or with an interval"
+            )
+        return Schedule(interval, len(interval.mask))
+    if interval.every < 1 or interval.first < 0 or interval.last < 0:
+        raise SessionError(f"decision {name!r}: {interval} given; every must be at least 1, first and last at least 0")
+    if interval.last and steps is None and interval.every > 1:
+        warnings.warn(
+            f"decision {name!r} asks that the last {interval.last} steps compute, but the number of steps is unknown here, "
+            "so they follow the interval; pass steps= to optimize or open a session with steps=",
+            DitoptWarning,
+            stacklevel=2,
+        )
+    return Schedule(interval, steps)
+
+
+def weights(predictor: Predictor, anchors: Sequence[float], at: float, name: str = "cache") -> list[float]:
+    """Coefficients w, newest first, length order + 1, of the prediction ``sum(w[i] * value[i])`` at position ``at``.
+
+    ``anchors`` are the positions (step index or timestep, by ``predictor.time``) of the values, newest first, at least
+    one. With fewer than order + 1 distinct positions the order falls and the rest is 0. ``name`` is the decision that
+    an error names: SessionError where a position or a coefficient is not a finite float32.
+
+    hold        the newest value.
+    taylor      TaylorSeer as published: G0 = value, G(i+1) = (Gi at this anchor - Gi at the one before) / d, all orders
+                formed at an anchor dividing by the same newest d; prediction sum Gi k^i / i!, k the distance from the
+                newest anchor. Exact for affine features only.
+    newton, lagrange   the polynomial through the values.
+    """
+    size = predictor.order + 1
+    if not anchors:
+        raise SessionError(f"decision {name!r}: nothing was computed yet, so nothing can be predicted")
+    given = [float(a) for a in anchors[:size]]
+    if not all(math.isfinite(x) for x in [*given, at]):
+        raise SessionError(f"decision {name!r}: positions {given} and {at} given; they must be finite")
+    # A repeated position (Heun evaluates a time twice) carries no slope: its newest value stands for it.
+    kept = [i for i, a in enumerate(given) if a not in given[:i]]
+    positions = [given[i] for i in kept]
+    if predictor.basis == "hold":
+        coefficients = [1.0]
+    elif predictor.basis == "taylor":
+        coefficients = _taylor(positions, at)
+    elif predictor.basis in ("newton", "lagrange"):
+        coefficients = _polynomial(positions, at)
+    else:
+        raise SessionError(
+            f"decision {name!r}: basis {predictor.basis!r} given; hold, taylor, newton or lagrange expected"
+        )
+    result = [0.0] * size
+    for i, c in zip(kept, coefficients, strict=False):  # hold has one coefficient for any number of anchors
+        result[i] = c
+    if not all(abs(w) <= _FLOAT32_MAX for w in result):  # NaN compares false
+        raise SessionError(
+            f"decision {name!r}: predicting {at} from {given} gives the coefficients {result}; they must be finite"
+        )
+    return result
+
+
+def _taylor(positions: Sequence[float], at: float) -> list[float]:
+    n = len(positions)
+    # factor[j] = the current Gi at anchor j as a combination of the values
+    factor = [[float(i == j) for i in range(n)] for j in range(n)]
+    total, term, distance = list(factor[0]), 1.0, at - positions[0]
+    for i in range(1, n):
+        factor = [
+            [(a - b) / (positions[j] - positions[j + 1]) for a, b in zip(factor[j], factor[j + 1], strict=True)]
+            for j in range(n - i)
+        ]
+        term *= distance / i
+        total = [t + term * f for t, f in zip(total, factor[0], strict=True)]
+    return total
+
+
+def _polynomial(positions: Sequence[float], at: float) -> list[float]:
+    return [
+        math.prod((at - other) / (own - other) for j, other in enumerate(positions) if j != i)
+        for i, own in enumerate(positions)
+    ]
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """When a value was computed: step index, and the model's time where it was read (else None)."""
+
+    step: int
+    time: float | None = None
+
+
+def choose(rule: Schedule, anchors: Sequence[Anchor], step: int) -> str:
+    """ "compute" or "reuse" at ``step``, given the computed steps of this branch, newest first.
+
+    A branch without a value computes. So does one that was not called at a step when it should have computed
+    (guidance intervals): its value is older than the schedule allows.
+    """
+    if not anchors:
+        return COMPUTE
+    since = range(min(anchors[0].step + 1, step), step + 1)
+    return COMPUTE if any(rule(s) for s in since) else REUSE
+
+
+def coefficients(decision: Decision, anchors: Sequence[Anchor], now: Anchor) -> list[float]:
+    """The predictor's weights for ``decision`` at ``now``; see ``weights``."""
+    predictor = decision.predictor
+    used = list(anchors)
+    if predictor.basis == "taylor" and not decision.schedule.mask:
+        # TaylorSeer forms differences only from step first - 1 on: values older than first - 2 never enter one.
+        oldest = decision.schedule.first - 2
+        used = [a for i, a in enumerate(anchors) if i == 0 or a.step >= oldest]
+    if predictor.time == "step":
+        return weights(predictor, [a.step for a in used], now.step, decision.name)
+    missing = float("nan")  # weights() refuses it in the decision's name
+    times = [missing if a.time is None else a.time for a in used]
+    return weights(predictor, times, missing if now.time is None else now.time, decision.name)
+
+
+def fit(wanted: Mapping[str, str], graphs: Sequence[StepGraph]) -> StepGraph:
+    """The graph to run for ``wanted``: the one with exactly these choices, else the cheapest one that computes more
+    and never less (``graphs[0]`` computes everything)."""
+    reuse = {name for name, choice in wanted.items() if choice == REUSE}
+    allowed = [(g, {n for n, c in g.choices.items() if c == REUSE}) for g in graphs]
+    allowed = [(g, r) for g, r in allowed if r <= reuse]
+    if not allowed:
+        raise SessionError(f"no compiled variant computes what {dict(wanted)} asks for; optimize again")
+    for graph, reused in allowed:
+        if reused == reuse:
+            return graph
+    return min(allowed, key=lambda pair: (pair[0].flops, -len(pair[1])))[0]
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One step of a dry run: decision name -> "compute" | "reuse", decision name -> coefficients (order + 1 of them,
+    newest first; zeros where the step computes)."""
+
+    step: int
+    choices: Mapping[str, str]
+    weights: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+def table(
+    decisions: Sequence[Decision],
+    steps: int,
+    times: Sequence[float] | None = None,
+    graphs: Sequence[StepGraph] | None = None,
+) -> list[TableRow]:
+    """What one branch that is called at every step of a request of ``steps`` steps will do.
+
+    ``times``: the model's time at each step; needed by predictors that measure distance in timesteps, else ignored.
+    ``graphs``: the compiled variants, where rows without their own variant compute more; None: every row has one.
+    """
+    if times is not None and len(times) != steps:
+        raise SessionError(f"{len(times)} times given for {steps} steps; give one time a step")
+    for d in decisions:
+        if times is None and d.predictor.time == "timestep" and d.predictor.basis != "hold":
+            raise SessionError(
+                f"decision {d.name!r} predicts in the model's time: pass the timesteps of the {steps} steps"
+            )
+    rules = {d.name: schedule(d.schedule, steps, d.name) for d in decisions}
+    anchors: dict[str, list[Anchor]] = {d.name: [] for d in decisions}
+    rows = []
+    for step in range(steps):
+        now = Anchor(step, None if times is None else float(times[step]))
+        choices = {d.name: choose(rules[d.name], anchors[d.name], step) for d in decisions}
+        if graphs is not None:
+            choices = {**dict.fromkeys(choices, COMPUTE), **fit(choices, graphs).choices}
+        row: dict[str, list[float]] = {}
+        for d in decisions:
+            if choices[d.name] == REUSE:
+                row[d.name] = coefficients(d, anchors[d.name], now)
+            else:
+                row[d.name] = [0.0] * (d.predictor.order + 1)
+                anchors[d.name] = [now, *anchors[d.name]][: d.predictor.order + 1]
+        rows.append(TableRow(step, choices, row))
+    return rows

@@ -1,0 +1,332 @@
+"""Session: runs the step graphs of a Plan over requests, keeping the state of each guidance branch.
+
+What a call does: the clock places it (request, step, branch), the policy decides per decision, the variant that fits
+runs, and the slots take their new values. Nothing of it stays if the call fails.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditopt.artifact import Plan, StepGraph
+from ditopt.ir.program import Formal
+from ditopt.runtime.account import Ledger, Patience, Row, Stats
+from ditopt.runtime.clock import BRANCHES, Clock, Kind, Tick
+from ditopt.runtime.plan import Ready
+from ditopt.runtime.policy import REUSE, Anchor, choose, coefficients, fit
+from ditopt.runtime.same import own, storages
+
+Event = Callable[[str, Mapping[str, Any]], None]
+"""Called with a name and fields: "request" (request, reason), "step" (request, step, branch, graph, choices, time),
+"memo" (name) when one is filled, "weights" (plan) when changed weights dropped the memos."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One guidance branch of one plan in the running request: slots by name (absent: still zeros), and by decision
+    when the slots' values were computed, newest first."""
+
+    number: int
+    last: int = -1
+    slots: Mapping[str, Tensor] = field(default_factory=dict)
+    anchors: Mapping[str, tuple[Anchor, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A call that succeeded and is not yet part of the session. ``branch`` is None where nothing is kept of it."""
+
+    results: list[Tensor]
+    branch: Branch | None
+    lasting: dict[str, Tensor]
+    row: Row
+    wanted: Mapping[str, str]
+    graph: StepGraph
+    filled: Sequence[StepGraph]
+
+
+class Session:
+    """State and policy for the calls of one model. Not safe for concurrent use.
+
+    ``stats``: totals since the session was made. ``schedule_rows``: what ran in the running, else in the last request.
+    """
+
+    def __init__(self, on_event: Event | None = None) -> None:
+        self.clock = Clock()
+        self.stats = Stats()
+        self._on_event = on_event
+        self._plans: OrderedDict[int, Ready] = OrderedDict()
+        self._branches: dict[tuple[int, Hashable], Branch] = {}
+        self._checked: set[int] = set()  # plans whose weights were compared in this request
+        self._ledger = Ledger()
+        self._patience = Patience()
+
+    @property
+    def schedule_rows(self) -> list[Row]:
+        """The executed calls of the running or last request, in order."""
+        return list(self._ledger.rows)
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def begin(self, steps: int | None = None, timesteps: Sequence[float] | Tensor | None = None) -> None:
+        """The scheduler announces a request of ``steps`` steps, or of ``len(timesteps)`` model evaluations."""
+        self._begin(steps, timesteps, "hook")
+
+    def advance(self, index: int | None = None) -> None:
+        """The scheduler finished its step ``index``."""
+        self.clock.advance(index)
+
+    @contextmanager
+    def open(self, steps: int | None = None, timesteps: Sequence[float] | Tensor | None = None) -> Iterator[Session]:
+        """The calls inside the block are one request; its end frees the state. An exception is a cancelled request."""
+        self._begin(steps, timesteps, "caller")
+        try:
+            yield self
+        except BaseException:
+            self._end(ended=False)
+            raise
+        self.close_request()
+
+    def close_request(self) -> None:
+        """The running request ended: warn if a cache never hit, free its state."""
+        self._end(ended=True)
+
+    def reset(self) -> None:
+        """What follows is a new request."""
+        self.close_request()
+
+    @contextmanager
+    def context(self, name: str | None) -> Iterator[None]:
+        """Calls inside the block belong to the guidance branch ``name``."""
+        before, self.clock.context = self.clock.context, name
+        try:
+            yield
+        finally:
+            self.clock.context = before
+
+    def forget(self, plan: Plan | None = None) -> None:
+        """Drop what is kept for a plan (None: for all): state, memos, control tensors."""
+        for key in [k for k, r in self._plans.items() if plan is None or r.plan is plan]:
+            del self._plans[key]
+            self._branches = {k: b for k, b in self._branches.items() if k[0] != key}
+            self._checked.discard(key)
+
+    def _begin(self, steps: int | None, timesteps: Sequence[float] | Tensor | None, kind: Kind) -> None:
+        # A request that the next one interrupts was cancelled; of a guessed one nobody knows.
+        steps = self.clock.steps
+        self._end(ended=self.clock.kind == "hook" and (steps is None or self._ledger.top + 1 >= steps))
+        self.clock.begin(steps, timesteps, kind)
+
+    def _end(self, ended: bool) -> None:
+        called = self.clock.running == self._ledger.request
+        self.clock.close()
+        self._free()
+        if ended and called:
+            self._ledger.warn()
+
+    def _free(self) -> None:
+        self._branches.clear()
+        self._checked.clear()
+
+    # -- calls ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def call(self, plan: Plan, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """One step of the model: tensors in the order of ``plan.manifest.inputs`` -> its outputs.
+
+        SessionError where inputs do not fit the plan, the step does not fit a mask, or a decision is not finite. After
+        any exception the session is as before the call (a request that the call opened is closed).
+        """
+        ready = self._ready(plan)
+        given = ready.check(inputs)
+        bits, time = self._times(ready, given)
+        latent = next((t for t in ready.by_role(given, "latent")), None)
+        reads = self.clock.reads
+        tick = self.clock.tick(time, latent, ready.by_role(given, "prompt"))
+        try:
+            self.stats.reads += self.clock.reads - reads
+            if tick.opened:
+                self._free()
+            done = self._step(ready, given, bits, tick)
+        except BaseException:
+            self.clock.rollback()
+            raise
+        self._commit(ready, tick, done)
+        return done.results
+
+    def _ready(self, plan: Plan) -> Ready:
+        found = self._plans.get(id(plan))  # the entry holds the plan, so its id is not another's
+        if found is None:
+            found = self._plans[id(plan)] = Ready(plan)
+        self._plans.move_to_end(id(plan))
+        if len(self._plans) > 8:
+            self.forget(next(iter(self._plans.values())).plan)
+        return found
+
+    def _times(self, ready: Ready, given: Mapping[str, Tensor]) -> tuple[dict[str, bytes], float | None]:
+        """The bits of each timestep input and the model's time, read together, or nothing where nobody needs them."""
+        if not (self.clock.needs_time or ready.reads_time):
+            return {}, None
+        bits: dict[str, bytes] = {}
+        time: float | None = None
+        for name in ready.names["timestep"]:
+            self.stats.reads += 1
+            host = given[name].detach().cpu().contiguous()
+            bits[name] = host.reshape(-1).view(torch.uint8).numpy().tobytes()
+            if time is None and host.numel():
+                time = float(host.double().max())
+        return bits, time
+
+    def _step(self, ready: Ready, given: Mapping[str, Tensor], bits: Mapping[str, bytes], tick: Tick) -> _Done:
+        params = ready.plan.params()
+        if id(ready.plan) not in self._checked:
+            if ready.memos.begin(params):
+                self._event("weights", plan=ready.plan)
+            self._checked.add(id(ready.plan))
+        device = ready.device(given)
+        values, filled = self._memo_values(ready, given, bits, params)
+
+        rules = ready.rules(self.clock.steps)
+        branch, kept = self._branch(ready, tick)
+        now = Anchor(tick.step, tick.time)
+        late = ready.late(tick.step)
+        wanted = {
+            d.name: "compute" if late else choose(rules[d.name], branch.anchors.get(d.name, ()), tick.step)
+            for d in ready.manifest.decisions
+        }
+        graph = fit(wanted, ready.manifest.graphs)
+        weights: dict[str, list[float]] = {}
+        anchors = dict(branch.anchors)
+        for d in ready.manifest.decisions:
+            weights[d.weights] = [0.0] * (d.predictor.order + 1)
+            if graph.choices.get(d.name) == REUSE:
+                weights[d.weights] = coefficients(d, anchors[d.name], now)
+            else:
+                anchors[d.name] = (now, *anchors.get(d.name, ()))[: d.predictor.order + 1]
+
+        def argument(formal: Formal) -> Tensor:
+            if formal.kind == "input":
+                return given[formal.ref]
+            if formal.kind == "param":
+                return ready.param(params, formal.ref)
+            if formal.kind == "memo":
+                return values[formal.ref]
+            if formal.kind == "control":
+                return ready.control(formal.ref, weights[formal.ref], device)
+            return ready.slot(branch.slots, formal.ref, device)
+
+        outputs = list(ready.plan.run[graph.name]([argument(f) for f in graph.inputs]))
+        results = outputs[: graph.results]
+        slots, lasting = self._updated(ready, graph, branch, outputs, given)
+        # The caller may write into what it is given: a result that lives in a slot or a memo is copied.
+        results = own(results, storages([*slots.values(), *lasting.values(), *values.values()]))
+
+        new = Branch(branch.number, tick.step, slots, anchors)
+        choices = {**dict.fromkeys(wanted, "compute"), **graph.choices}
+        return _Done(
+            results,
+            new if kept else None,
+            lasting,
+            Row(tick.step, new.number, graph.name, choices),
+            wanted,
+            graph,
+            filled,
+        )
+
+    def _commit(self, ready: Ready, tick: Tick, done: _Done) -> None:
+        """The call succeeded: keep its state, then count and tell."""
+        ready.lasting = done.lasting
+        if done.branch is not None:
+            self._branches[id(ready.plan), tick.branch] = done.branch
+        stats, row, graph = self.stats, done.row, done.graph
+        if self._ledger.request != tick.request:
+            self._ledger = Ledger(request=tick.request)
+            stats.requests += 1
+            self._event("request", request=tick.request, reason=tick.opened or "it was announced")
+        stats.calls += 1
+        stats.steps += row.step > self._ledger.top
+        stats.graphs[graph.name] += 1
+        stats.hits.update(n for n, c in row.choices.items() if c == REUSE)
+        stats.flops += graph.flops + sum(g.flops for g in done.filled)
+        stats.block_flops += graph.block_flops + sum(g.block_flops for g in done.filled)
+        stats.full_flops += ready.manifest.full_flops
+        stats.full_block_flops += ready.manifest.full_block_flops
+        self._ledger.note(row, done.wanted, ready.rules(self.clock.steps))
+        self._event("step", request=tick.request, time=tick.time, **vars(row))
+        if self.clock.kind == "guess":
+            self._patience.note(tick.opened, REUSE in row.choices.values(), self._ledger)
+
+    def _memo_values(
+        self, ready: Ready, given: Mapping[str, Tensor], bits: Mapping[str, bytes], params: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], list[StepGraph]]:
+        values: dict[str, Tensor] = {}
+        filled: list[StepGraph] = []
+        memos = ready.memos
+        before = memos.hits, memos.reads
+
+        def argument(formal: Formal) -> Tensor:
+            if formal.kind == "memo":
+                return values[formal.ref]
+            return given[formal.ref] if formal.kind == "input" else ready.param(params, formal.ref)
+
+        for memo in memos.memos:
+            graph = ready.graphs[memo.function]
+
+            def fill(graph: StepGraph = graph) -> Sequence[Tensor]:
+                return ready.plan.run[graph.name]([argument(f) for f in graph.inputs])[: graph.results]
+
+            found, new = memos.get(memo, given, bits, fill)
+            values.update(zip(memo.values, found, strict=True))
+            values.update({f"{memo.name}.{k}": v for k, v in enumerate(found)})
+            if new:
+                filled.append(graph)
+                self._event("memo", name=memo.name)
+        self.stats.memo_hits += memos.hits - before[0]
+        self.stats.reads += memos.reads - before[1]
+        self.stats.memo_fills += len(filled)
+        self.stats.memo_drops += memos.drops
+        memos.drops = 0
+        return values, filled
+
+    def _branch(self, ready: Ready, tick: Tick) -> tuple[Branch, bool]:
+        """The branch of a call, and whether it is kept: beyond BRANCHES of them, one that was not called lately gives
+        way, else the new one computes everything and keeps nothing."""
+        key = id(ready.plan), tick.branch
+        if key in self._branches:
+            return self._branches[key], True
+        own_ = [(b.last, k) for k, b in self._branches.items() if k[0] == key[0]]
+        number = 1 + max((b.number for b in self._branches.values()), default=-1)
+        if len(own_) >= BRANCHES:
+            last, oldest = min(own_, key=lambda pair: pair[0])
+            if last >= tick.step - 1:
+                return Branch(number), False
+            del self._branches[oldest]
+        return Branch(number), True
+
+    def _updated(
+        self, ready: Ready, graph: StepGraph, branch: Branch, outputs: list[Tensor], given: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The slots of the branch, and those that outlive requests, after ``graph`` ran."""
+        slots, lasting = dict(branch.slots), dict(ready.lasting)
+        old: Mapping[str, Tensor]
+        foreign = storages(given.values())  # the sampler may write into its latent: a slot never lives there
+        for update in graph.updates:
+            old, new = (ready.lasting, lasting) if update.slot in ready.models else (branch.slots, slots)
+            if update.output >= 0:
+                new[update.slot] = own([outputs[update.output]], foreign)[0]
+            elif update.source in old:
+                new[update.slot] = old[update.source]
+            else:
+                new.pop(update.slot, None)  # the source still is zeros
+        return slots, lasting
+
+    def _event(self, kind: str, **fields: Any) -> None:
+        if self._on_event is not None:
+            self._on_event(kind, fields)
