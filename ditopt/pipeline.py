@@ -220,19 +220,18 @@ def discover() -> dict[str, type[Pass]]:
 def _check_shape(name: str, cls: type[Pass]) -> None:
     """PassError, addressed to the author of the pass, where the class is not what ``Pass`` asks for."""
     where = f"passes/{name}.py: {cls.__name__}"
-    for f in _fields(cls) if dataclasses.is_dataclass(cls) else ():
-        if hasattr(Pass, f.name):
-            raise PassError(
-                f"{where}: an option cannot be called {f.name!r}, which every pass has; choose another word"
-            )
-    if cls.name != name:
-        raise PassError(f"{where} is called {cls.name!r}; the name of a pass is that of its file")
     params = cls.__dict__.get("__dataclass_params__")
     if params is None or not params.frozen:
         raise PassError(f"{where} must be a @dataclass(frozen=True)")
     for f in _fields(cls):
+        if hasattr(Pass, f.name):
+            raise PassError(
+                f"{where}: an option cannot be called {f.name!r}, which every pass has; choose another word"
+            )
         if f.default is dataclasses.MISSING:
             raise PassError(f"{where}.{f.name} needs a default")
+    if cls.name != name:
+        raise PassError(f"{where} is called {cls.name!r}; the name of a pass is that of its file")
     if getattr(cls, "contract", None) not in ("exact", "approximate"):
         raise PassError(f'{where} must declare contract = "exact" or "approximate"')
     for option, (type_, _) in cls.options().items():
