@@ -61,6 +61,7 @@ class _Parser:
         except (ValueError, RecursionError, MemoryError, tokenize.TokenError) as error:
             raise TextError(f"line 1: the text cannot be read as Python ({error})") from None
         self._comments = {t.start[0]: t.string[1:].strip() for t in tokens if t.type == tokenize.COMMENT}
+        self._text = text
         self._tensors = tensors
         self._mode = FakeTensorMode()
         self._device = torch.device("cpu")
@@ -83,19 +84,20 @@ class _Parser:
                 fields[name] = self._params(stmt.value)
             elif name == "entry":
                 fields[name] = self._field(stmt.value, str)
+                if fields[name] not in self._functions:
+                    self._fail(stmt, "the entry to be a function that stands above")
             elif name in SECTIONS:
                 fields[name] = tuple(self._field(e, SECTIONS[name]) for e in self._list(stmt.value))
             else:
                 self._fail(stmt, f"one of {', '.join(SECTIONS)}, params, entry")
         for name in ("inputs", "outputs", "params", "entry"):
             if name not in fields:
-                raise TextError(f"line {len(self._tree.body) + 1}: expected `{name} = ...`, found the end of the text")
-        if fields["entry"] not in self._functions:
-            raise TextError(f"entry = {fields['entry']!r}: expected the name of a function of the text")
+                end = self._text.count("\n") + 1
+                raise TextError(f"line {end}: expected `{name} = ...`, found the end of the text")
         return Program(functions=self._functions, **fields)
 
     def _fail(self, node: ast.AST, expected: str) -> NoReturn:
-        found = ast.unparse(node).partition("\n")[0]
+        found = (ast.get_source_segment(self._text, node) or "nothing").partition("\n")[0]
         found = found if len(found) <= 100 else found[:97] + "..."
         raise TextError(f"line {getattr(node, 'lineno', 1)}: expected {expected}, found `{found}`")
 
@@ -221,7 +223,11 @@ class _Parser:
     def _value(self, node: ast.expr, env: Mapping[str, fx.Node]) -> Any:
         if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float, str, types.NoneType)):
             return node.value
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        if (
+            isinstance(node, ast.UnaryOp)
+            and isinstance(node.op, ast.USub)
+            and isinstance(node.operand, (ast.Constant, ast.Name))
+        ):
             value = self._value(node.operand, {})
             if type(value) in (int, float):
                 return -value
@@ -355,16 +361,16 @@ class _Parser:
         return found
 
     def _operator(self, func: ast.expr) -> OpOverload:
-        path = ast.unparse(func).split(".")
-        if len(path) == 3 and path[0] in NAMESPACES and all(p.isidentifier() for p in path):
-            if path[0] == "ditopt":
-                _load_operators()
-            packet = getattr(getattr(torch.ops, path[0]), path[1], None)
-            if isinstance(packet, OpOverloadPacket) and path[2] in packet.overloads():
-                found: OpOverload = getattr(packet, path[2])
-                if found._schema.is_mutable:
-                    self._fail(func, "an operator that does not write to its operands")
-                return found
+        match func:
+            case ast.Attribute(ast.Attribute(ast.Name(namespace), op), overload) if namespace in NAMESPACES:
+                if namespace == "ditopt":
+                    _load_operators()
+                packet = getattr(getattr(torch.ops, namespace), op, None)
+                if isinstance(packet, OpOverloadPacket) and overload in packet.overloads():
+                    found: OpOverload = getattr(packet, overload)
+                    if found._schema.is_mutable:
+                        self._fail(func, "an operator that does not write to its operands")
+                    return found
         self._fail(func, f"an operator <namespace>.<op>.<overload> that exists in {', '.join(NAMESPACES)}")
 
     def _check_arguments(self, expr: ast.Call, target: OpOverload, n: int, named: set[str]) -> None:

@@ -1,6 +1,6 @@
 """A Program as text: valid, deterministic Python, one line an operator, types where a value is defined.
 
-``print_program`` never fails, so that a broken Program can be looked at too; ``parse_program`` reads the text of a
+``print_program`` prints broken Programs too, so that they can be looked at; ``parse_program`` reads the text of a
 well-formed one back. Names of values are made here, from what placeholders stand for and from the order of the
 operators, so that two Programs print alike whatever fx called their nodes.
 """
@@ -234,8 +234,9 @@ def _statement(node: fx.Node, names: Mapping[fx.Node, str]) -> str:
         return f"{callee(node)}({', '.join(_value(a, names) for a in call_args(node))})"
     if node.target is operator.getitem and len(args) == 2:
         return f"{args[0]}[{args[1]}]"
-    odd = {k: v for k, v in node.kwargs.items() if keyword.iskeyword(k)}
-    args += [f"{k}={_value(v, names)}" for k, v in node.kwargs.items() if k not in odd]
+    named = sorted(node.kwargs.items())
+    odd = {k: v for k, v in named if keyword.iskeyword(k)}
+    args += [f"{k}={_value(v, names)}" for k, v in named if k not in odd]
     if odd:
         args.append("**{" + ", ".join(f"{_value(k, {})}: {_value(v, names)}" for k, v in odd.items()) + "}")
     if isinstance(node.target, OpOverload):

@@ -45,10 +45,13 @@ class _Verifier:
             if name != function.name:
                 self.fail(f"functions[{name!r}]", f"the function calls itself {function.name!r}; the two must agree")
             self.function(function)
-        self.uses()
+        for function in self.p.functions.values():  # only now: a call is compared with a body that is well-formed
+            for node in filter(is_call, function.graph.nodes):
+                self.call(f"{function.name}, node {node.name}", node)
         self.memos()
         self.step()
         self.ask()
+        self.uses()
 
     def fail(self, where: str, rule: str) -> NoReturn:
         raise VerifyError(f"{where}: {rule}")
@@ -127,6 +130,8 @@ class _Verifier:
             if node.op == "output":
                 self.output(f, where, node)
                 continue
+            if node.op not in ("placeholder", "call_function", "get_attr"):
+                self.fail(where, f"the node kind {node.op!r} is not allowed")
             if node.op == "get_attr":
                 self.callee_name(where, node)
             else:
@@ -141,12 +146,8 @@ class _Verifier:
                 if what in seen:
                     self.fail(where, f"another placeholder already stands for the {what.kind} {what.ref!r}")
                 seen.add(what)
-            elif is_call(node):
-                self.call(f, where, node)
-            elif node.op == "call_function":
+            elif node.op == "call_function" and not is_call(node):
                 self.operator(where, node)
-            elif node.op != "get_attr":
-                self.fail(where, f"the node kind {node.op!r} is not allowed")
 
     def value(self, where: str, node: fx.Node) -> None:
         val = node.meta.get("val")
@@ -191,9 +192,9 @@ class _Verifier:
             self.select(where, node)
 
     def select(self, where: str, node: fx.Node) -> None:
-        if len(node.args) != 3 or not isinstance(node.args[0], fx.Node) or not isinstance(node.args[1], fx.Node):
+        computed, predicted, name = node.args if len(node.args) == 3 else (None, None, None)
+        if not isinstance(computed, fx.Node) or not isinstance(predicted, fx.Node):
             self.fail(where, "select takes (computed, predicted, decision) by position")
-        computed, predicted, name = node.args
         if name not in self.decisions:
             self.fail(where, f"it asks the decision {name!r}, which does not exist")
         a, b = TensorType.of(computed.meta["val"]), TensorType.of(predicted.meta["val"])
@@ -207,7 +208,7 @@ class _Verifier:
         if not all(is_call(u) and u.args[0] is node and node not in call_args(u) for u in node.users):
             self.fail(where, "a function's name may only stand in a call")
 
-    def call(self, f: Function, where: str, node: fx.Node) -> None:
+    def call(self, where: str, node: fx.Node) -> None:
         named = node.args[0] if len(node.args) > 1 else None
         if not isinstance(named, fx.Node) or named.op != "get_attr" or named.target != callee(node) or node.kwargs:
             self.fail(where, "a call is invoke_subgraph(<get_attr of the function>, <its name>, *actuals)")
