@@ -199,7 +199,7 @@ RULES = {
         "or a tuple of them, found tuple",
     ),
     "dtype": (
-        lambda p: with_val(p, "add_tensor", 2, 8, dtype=torch.uint1),
+        lambda p: with_val(p, "add_tensor", 2, 8, dtype=torch.uint1),  # type: ignore[attr-defined]
         "step, node add_tensor: its dtype torch.uint1 has no name in the text",
     ),
     "modes": (several_modes, "step, node prompt_0: its value belongs to another FakeTensorMode"),
