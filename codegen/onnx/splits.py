@@ -1,0 +1,60 @@
+"""Split in place of sequences, which is how the exporter spells split, chunk and unbind.
+
+onnxruntime copies every part into and out of a sequence, and no optimization of its own looks through one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ditopt.errors import require
+
+
+def plain_splits(model: Any) -> int:
+    """Rewrite, in place, each SplitToSequence of a static shape that is only read at constant indices: to one Split, or
+    for unbind to one Gather a part. How many were rewritten."""
+    ir = require("onnx_ir", None)
+    count = 0
+    for node in list(model.graph):
+        if node.op_type != "SplitToSequence":
+            continue
+        source, axis = node.inputs[0], node.attributes["axis"].as_int()
+        parts = [use.node for use in node.outputs[0].uses()]
+        at = [ir.convenience.get_const_tensor(p.inputs[1]) if p.op_type == "SequenceAt" else None for p in parts]
+        index = [int(k.numpy()) for k in at if k is not None]
+        if len(index) < len(parts) or source.shape is None or not isinstance(source.shape[axis], int):
+            continue
+        total = int(source.shape[axis])
+        lengths = [1] * total
+        if len(node.inputs) > 1:
+            sizes = ir.convenience.get_const_tensor(node.inputs[1])
+            if sizes is None:
+                continue
+            given = sizes.numpy().tolist()
+            lengths = given if isinstance(given, list) else [min(given, total - k) for k in range(0, total, given)]
+        unbind = len(node.inputs) == 1 and node.attributes["keepdims"].as_int() == 0
+
+        def constant(value: Any, before: Any = node) -> Any:
+            made = ir.node("Constant", [], {"value": ir.tensor(value, dtype=ir.DataType.INT64)})
+            model.graph.insert_before(before, made)
+            return made.outputs[0]
+
+        split: list[Any] = []
+        if not unbind:
+            made = ir.node("Split", [source, constant(lengths)], {"axis": axis}, num_outputs=len(lengths))
+            model.graph.insert_before(node, made)
+            split = list(made.outputs)
+        for part, i in zip(parts, index, strict=True):
+            old, k = part.outputs[0], i % len(lengths)
+            if unbind:
+                made = ir.node("Gather", [source, constant(k)], {"axis": axis})
+                model.graph.insert_before(node, made)
+                new = made.outputs[0]
+            else:
+                new = split[k]
+            new.type, new.shape = old.type, old.shape
+            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+            model.graph.remove(part, safe=True)
+        model.graph.remove(node, safe=True)
+        count += 1
+    return count

@@ -1,0 +1,121 @@
+"""Move out of the loop what does not depend on the latent.
+
+What depends on the prompt or the shape alone is computed once a request; what depends on the timestep too becomes a
+table with one row a step. Both are memos (``Program.memos``): functions whose values the step reads and does not
+recompute. Exact, and bit-equal in eager: a memo runs the same operators on the same rows as the step did, so filling it
+changes no rounding (a table built for all timesteps in one matrix product would).
+
+In DiTs with adaptive layer norm a third of the weights is used by such values only, and leaves the loop with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ditopt.ir import example
+from ditopt.ir.binding import Binding, bind
+from ditopt.ir.cost import is_attention, is_matmul
+from ditopt.ir.edit import Editor, prune
+from ditopt.ir.outline import flatten, outline
+from ditopt.ir.program import Formal, Function, Memo, Program, formal
+from ditopt.ir.structure import trace
+from ditopt.pipeline import Context, Outcome, Pass
+
+REQUEST, SCHEDULE = "request", "schedule"
+
+
+@dataclass(frozen=True)
+class HoistInvariants(Pass):
+    """Compute once a request what depends on the prompt, once a timestep what depends on the timestep."""
+
+    contract = "exact"
+    after = ("canonicalize", "outline_blocks")
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        if any(m.name in (REQUEST, SCHEDULE) for m in program.memos):
+            return Outcome(program, 0, ("what does not depend on the latent has left the loop already",))
+        if program.decisions:
+            return Outcome(program, 0, ("the program holds caches already; hoist before caching",))
+        flat = flatten(program)
+        binding = bind(flat)
+        nodes = [n for n in trace(flat.step) if not binding[n] & Binding.LATENT and not _random(n)]
+        if not any(is_matmul(n) or is_attention(n) for n in nodes):
+            return Outcome(program, 0, ("no matrix product is free of the latent: hoisting would save nothing",))
+        request = [n for n in nodes if not binding[n] & Binding.TIMESTEP]
+        schedule = [n for n in nodes if binding[n] & Binding.TIMESTEP]
+        moved, everything = set(nodes), flat.params
+        memos: list[Memo] = []
+        functions = dict(flat.functions)
+        known: dict[fx.Node, str] = {}
+        for name, part, lifetime in ((REQUEST, request, "request"), (SCHEDULE, schedule, "schedule")):
+            inside = set(part)
+            values = [n for n in part if isinstance(n.meta["val"], torch.Tensor) and any(u not in inside for u in n.users)]
+            if not values:
+                continue
+            function, keys = _memo_function(f"memo_{name}", part, values, known)
+            functions[function.name] = function
+            known |= {n: f"{name}.{k}" for k, n in enumerate(values)}
+            memos.append(Memo(name, function.name, keys, tuple(known[n] for n in values), lifetime))  # type: ignore[arg-type]
+        with Editor(flat.step, self.name) as e:
+            for node, value in known.items():
+                if any(u not in moved for u in node.users):
+                    read = e.placeholder(value.replace(".", "_"), Formal("memo", value), node.meta["val"])
+                    e.replace(e[node], read, keep=[e[u] for u in node.users if u in moved])
+            e.drop_dead()
+        functions[flat.entry] = e.function()
+        out = prune(flat.replace(functions=functions, memos=(*flat.memos, *memos)))
+        if program.blocks():
+            out = outline(out, self.name)
+        return Outcome(out, len(nodes), notes=(_share(out, everything),))
+
+    @classmethod
+    def example_applies(cls) -> Program:
+        return example.tiny_dit()
+
+    @classmethod
+    def example_refuses(cls) -> Program:
+        return example.tiny_dit(attention=False)
+
+
+def _random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _memo_function(
+    name: str, nodes: Sequence[fx.Node], values: Sequence[fx.Node], known: dict[fx.Node, str]
+) -> tuple[Function, tuple[str, ...]]:
+    """A function of ``nodes`` that returns ``values`` and reads earlier memo values where it can; and its inputs' names."""
+    graph = fx.Graph()
+    local: dict[fx.Node, fx.Node] = {}
+    needed: set[fx.Node] = set()
+    todo = list(values)
+    while todo:
+        node = todo.pop()
+        if node not in needed and node not in known:
+            needed.add(node)
+            todo += node.all_input_nodes
+    order = [n for n in next(iter(values)).graph.nodes if n in needed]
+    reads = [a for n in order for a in n.all_input_nodes if a in known]
+    for node in [n for n in order if n.op == "placeholder"]:
+        local[node] = graph.node_copy(node)
+    for node in dict.fromkeys(reads):
+        local[node] = graph.placeholder(known[node].replace(".", "_"))
+        local[node].meta = {**node.meta, "formal": Formal("memo", known[node]), "region": ""}
+    for node in order:
+        if node.op != "placeholder":
+            local[node] = graph.node_copy(node, local.__getitem__)
+            local[node].meta["region"] = ""
+    graph.output(tuple(local[v] for v in values))
+    keys = [formal(n).ref for n in order if n.op == "placeholder" and formal(n).kind == "input"]
+    return Function(name, graph), tuple(keys)
+
+
+def _share(program: Program, before: dict[str, torch.Tensor] | object) -> str:
+    used = {formal(p).ref for p in program.step.placeholders if formal(p).kind == "param"}
+    total = sum(t.numel() * t.element_size() for t in before.values())  # type: ignore[attr-defined]
+    left = sum(t.numel() * t.element_size() for k, t in program.params.items() if k in used)
+    return f"{1 - left / max(total, 1):.1%} of the weight bytes are no longer read inside the loop"
