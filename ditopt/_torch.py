@@ -11,9 +11,20 @@ from typing import Any
 import torch
 from torch import fx
 from torch._guards import detect_fake_mode
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
 
-__all__ = ["FakeTensor", "FakeTensorMode", "compile_graph", "fake_mode_of", "invoke_subgraph", "is_fake"]
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "OpOverload",
+    "compile_graph",
+    "fake_mode_of",
+    "invoke_subgraph",
+    "is_fake",
+    "pytree",
+]
 
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 

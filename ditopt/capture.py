@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils import _pytree as pytree
 
 from ditopt import roles as role_rules
-from ditopt._torch import is_fake
+from ditopt._torch import OpOverload, is_fake, pytree
 from ditopt.errors import BadInput, CaptureError
 from ditopt.ir.program import Formal, Function, Input, Program, Role, TensorType
 
@@ -257,7 +256,7 @@ def _program(
         if node.op == "call_function":
             if str(node.target).startswith("aten._assert"):
                 continue
-            if not isinstance(node.target, torch._ops.OpOverload) and getattr(node.target, "__name__", "") != "getitem":
+            if not isinstance(node.target, OpOverload) and getattr(node.target, "__name__", "") != "getitem":
                 raise CaptureError(f"{type(model).__name__} uses {node.target}, a higher-order operator that ditopt cannot rewrite yet")
             new = graph.node_copy(node, values.__getitem__)
             new.meta = {"val": node.meta["val"], "region": "", "origin": "capture", "path": _path(node)}

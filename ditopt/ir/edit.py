@@ -148,6 +148,7 @@ def prune(program: Program) -> Program:
         if read & set(memo.values):
             memos.append(memo)
             used.add(memo.function)
+            used |= {callee(n) for n in program.functions[memo.function].graph.nodes if is_call(n)}
             read |= {formal(p).ref for p in program.functions[memo.function].placeholders if formal(p).kind == "memo"}
     functions = {k: f for k, f in program.functions.items() if k in used}
     params = {formal(p).ref for f in functions.values() for p in f.placeholders if formal(p).kind == "param"}

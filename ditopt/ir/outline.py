@@ -172,3 +172,8 @@ def _as_strided_like(e: Editor, arg: fx.Node, like: fx.Node, at: fx.Node) -> fx.
     dense = e.op(aten.clone.default, e.op(aten.permute.default, arg, order, at=at), at=at, memory_format=torch.contiguous_format)
     return e.op(aten.permute.default, dense, back, at=at)
 
+
+
+def clone_body(body: Function, name: str, origin: str) -> Editor:
+    """An Editor on a copy of a shared body, to become the Function ``name``."""
+    return Editor(Function(name, body.graph, body.state_out), origin)

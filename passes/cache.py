@@ -1,0 +1,355 @@
+"""Reuse across steps: on some steps a region is computed, on the others its value is predicted from earlier ones.
+
+The region is the model's output, a run of blocks, or a module (attention, MLP) inside blocks. Each value that leaves
+it gets order + 1 state slots; the prediction is a linear combination of them, with coefficients that come in as a
+tensor, so that one reuse graph serves every gap. A run of blocks keeps ``out - in`` and adds the fresh input (residual
+hold, as DeepCache and first-block caches do); modules and the model's output keep the value itself, modules before
+their gate (FORA, TaylorSeer).
+
+In the Program, the value becomes ``select(computed, predicted)`` and each slot ``select(new, old)``. Which one a step
+takes is asked once a step (``Program.decisions``); an undecided program computes, and so does ``every=1``: the neutral
+setting. Approximate otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from ditopt.errors import RecipeError
+from ditopt.ir import example
+from ditopt.ir.binding import Binding, bind
+from ditopt.ir.edit import Editor, replace_functions
+from ditopt.ir.outline import clone_body
+from ditopt.ir.program import (
+    Decision,
+    Formal,
+    Function,
+    Interval,
+    Predictor,
+    Program,
+    StateSlot,
+    TensorType,
+    call_args,
+    callee,
+    is_call,
+)
+from ditopt.ir.select import Selection, select_regions
+from ditopt.ir.structure import find_modules, stream_origins
+from ditopt.ops import select
+from ditopt.pipeline import Context, Outcome, Pass
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Cache(Pass):
+    """Compute a region on some steps and predict its value on the others.
+
+    ``region``: a selector (ir/select.py). ``every``, ``first``, ``last``, ``mask``: the schedule (``Interval``).
+    ``predictor``, ``order``, ``time``: ``Predictor``. ``residual``: predict ``out - in`` instead of ``out``; "auto"
+    does so for runs of blocks.
+    """
+
+    region: str = "blocks.1:-1"
+    every: int = 2
+    first: int = 1
+    last: int = 0
+    mask: str = ""
+    predictor: Literal["hold", "taylor", "newton", "lagrange"] = "hold"
+    order: int = 0
+    time: Literal["step", "timestep"] = "step"
+    residual: Literal["auto", "yes", "no"] = "auto"
+
+    contract = "approximate"
+    requires = ("outline_blocks",)
+    after = ("hoist_invariants",)
+
+    def validate(self) -> None:
+        for option, least in (("every", 1), ("first", 0), ("last", 0), ("order", 0)):
+            if getattr(self, option) < least:
+                raise RecipeError(f"cache{{{option}={getattr(self, option)}}}: expected {least} or more")
+        if self.predictor == "hold" and self.order:
+            raise RecipeError(f"cache{{order={self.order}}}: hold has order 0; choose predictor=taylor, newton or lagrange")
+        if set(self.mask) - {"0", "1"}:
+            raise RecipeError(f"cache{{mask={self.mask}}}: expected a text of 1 (compute) and 0 (reuse), one a step")
+        if self.mask.startswith("0"):
+            raise RecipeError(f"cache{{mask={self.mask}}}: the first step has nothing to reuse and must be 1")
+
+    @classmethod
+    def neutral(cls) -> Cache:
+        return cls(every=1)
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        if self.mask and context.steps and len(self.mask) != context.steps:
+            raise RecipeError(f"mask has {len(self.mask)} steps, the request has {context.steps}: give one digit a step")
+        selections = select_regions(program, self.region)
+        taken = {r for d in program.decisions for r in d.regions}
+        for region in (i for s in selections for i in s.ids):
+            if any(region == t or region.startswith(f"{t}.") or t.startswith(f"{region}.") or "model" in (region, t) for t in taken):
+                return Outcome(program, 0, (f"{region} is cached already by an earlier cache",))
+        work = _Rewrite(self, program)
+        work.apply(selections)
+        if not work.slots:
+            return Outcome(program, 0, tuple(work.refused) or ("nothing that leaves the region depends on the latent",))
+        return Outcome(work.program(), len(work.regions), tuple(work.refused))
+
+    @classmethod
+    def example_applies(cls) -> Program:
+        from ditopt.passes.outline_blocks import OutlineBlocks
+
+        return OutlineBlocks().run(example.tiny_dit(), Context()).program
+
+    @classmethod
+    def example_refuses(cls) -> Program:
+        once = cls().run(cls.example_applies(), Context())
+        return once.program.replace(applied=())
+
+
+class _Rewrite:
+    """The rewrite of one ``cache``: collects regions and slots while it edits."""
+
+    def __init__(self, options: Cache, program: Program) -> None:
+        self.o = options
+        self.before = program
+        self.name = f"cache{len(program.decisions)}"
+        self.weights = f"{self.name}.weights" if options.order else ""
+        self.regions: list[str] = []
+        self.refused: list[str] = []
+        self.slots: list[tuple[str, ...]] = []
+        self.types: list[StateSlot] = []
+        self.binding = bind(program)
+        self.functions: dict[str, Function] = {}
+        self.e = Editor(program.step, "cache")
+        self._state: dict[str, fx.Node] = {}
+        self._new: dict[str, fx.Node] = {}
+
+    def apply(self, selections: Sequence[Selection]) -> None:
+        modules: dict[str, list[str]] = {}
+        for selection in selections:
+            if selection.kind == "model":
+                self._model()
+            elif selection.kind == "run":
+                self._run({b.id for b in selection.blocks})
+            else:
+                for block in selection.blocks:
+                    modules.setdefault(block.id, []).append(selection.role)
+        self._modules(modules)
+
+    def program(self) -> Program:
+        old = self.before.step
+        self.e.set_results([*self.e.results, *self._new.values()], [*old.state_out, *self._new])
+        self.e.drop_dead()
+        decision = Decision(
+            self.name,
+            tuple(self.regions),
+            Interval(self.o.every, self.o.first, self.o.last, self.o.mask),
+            Predictor(self.o.predictor, self.o.order, self.o.time),
+            tuple(self.slots),
+            self.weights,
+        )
+        changed = {**self.functions, self.before.entry: self.e.function()}
+        used = {callee(n) for n in changed[self.before.entry].graph.nodes if is_call(n)}
+        out = replace_functions(self.before, changed)
+        keep = {k: f for k, f in out.functions.items() if k not in _bodies(self.before) or k in used}
+        return out.replace(
+            functions=keep, state=(*out.state, *self.types), decisions=(*out.decisions, decision), regions=_moved(out, changed)
+        )
+
+    # -- values ----------------------------------------------------------------------------------------------------
+
+    def _slots(self, value: Any) -> list[fx.Node]:
+        """Placeholders of new state slots for a value of this type, newest first."""
+        group = tuple(f"{self.name}.{len(self.slots)}.{i}" for i in range(self.o.order + 1))
+        self.slots.append(group)
+        out = []
+        for slot in group:
+            self.types.append(StateSlot(slot, TensorType.of(value)))
+            out.append(self.e.placeholder(slot.replace(".", "_"), Formal("state", slot), value))
+        return out
+
+    def _control(self) -> fx.Node | None:
+        if not self.weights:
+            return None
+        if self.weights not in self._state:
+            with self.e._mode:
+                value = torch.empty(self.o.order + 1)
+            self._state[self.weights] = self.e.placeholder(f"{self.name}_weights", Formal("control", self.weights), value)
+        return self._state[self.weights]
+
+    def _update(self, slots: Sequence[fx.Node], new: fx.Node) -> None:
+        """Each slot takes the value before it, the first the new one, where the step computes."""
+        names = self.slots[[s[0] for s in self.slots].index(slots[0].meta["formal"].ref)]
+        for name, slot, value in zip(names, slots, [new, *slots[:-1]], strict=True):
+            self._new[name] = self.e.op(select, value, slot, self.name)
+
+    def _cached(self, value: fx.Node, base: fx.Node | None, region: str) -> fx.Node:
+        """What readers of ``value`` read from now on."""
+        slots = self._slots(value.meta["val"])
+        after = max([value, *([base] if base is not None else [])], key=list(self.e.graph.nodes).index)
+        at = after.next
+        kept = value if base is None else self.e.op(aten.sub.Tensor, value, base, at=at, region=region)
+        guess = predict(self.e, slots, self._control(), at, region)
+        if base is not None:
+            guess = self.e.op(aten.add.Tensor, base, guess, at=at, region=region)
+        chosen = self.e.op(select, value, guess, self.name, at=at, region=region)
+        self._update(slots, kept)
+        return chosen
+
+    # -- regions ---------------------------------------------------------------------------------------------------
+
+    def _model(self) -> None:
+        results = list(self.e.results)
+        old = self.before.step.results
+        for i in range(self.before.step.n_results):
+            if self.binding[old[i]] & Binding.LATENT and old[i].op != "placeholder":
+                base = self._latent_like(old[i]) if self.o.residual == "yes" else None
+                results[i] = self._cached(results[i], base, "")
+        self.e.set_results(results)
+        self.regions.append("model")
+
+    def _latent_like(self, value: fx.Node) -> fx.Node | None:
+        for p in self.before.step.placeholders:
+            if p.meta["formal"].kind == "input" and self.binding[p] & Binding.LATENT and TensorType.of(p.meta["val"]).shape == TensorType.of(value.meta["val"]).shape:
+                return self.e[p]
+        self.refused.append("no latent input has the shape of the output: its value is kept instead of the difference")
+        return None
+
+    def _run(self, ids: set[str]) -> None:
+        inside, first = self._inside(ids)
+        for value in [n for n in inside if isinstance(n.meta["val"], torch.Tensor)]:
+            readers = [u for u in value.users if u not in inside]
+            if not readers or not self.binding[value] & Binding.LATENT:
+                continue
+            base = None if self.o.residual == "no" else self._entry_of(value, first, inside)
+            node = self.e[value]
+            chosen = self._cached(node, None if base is None else self.e[base], "")
+            for reader in readers:
+                self.e[reader].replace_input_with(node, chosen) if reader.op != "output" else self._output(node, chosen)
+        self.regions.extend(sorted(ids, key=lambda i: int(i.split(".")[1])))
+
+    def _output(self, old: fx.Node, new: fx.Node) -> None:
+        n = self.before.step.n_results
+        results = self.e.results
+        self.e.set_results([*(new if r is old else r for r in results[:n]), *results[n:]])
+
+    def _inside(self, ids: set[str]) -> tuple[list[fx.Node], fx.Node]:
+        """Entry nodes of a run: its calls, their results, and what lies between two of them on a path."""
+        nodes = [n for n in self.before.step.graph.nodes if n.op == "call_function"]
+        calls = [n for n in nodes if is_call(n) and n.meta["region"] in ids]
+        after: set[fx.Node] = set()
+        for n in nodes:
+            if n in calls or any(a in after for a in n.all_input_nodes):
+                after.add(n)
+        before: set[fx.Node] = set()
+        for n in reversed(nodes):
+            if n in calls or any(u in before for u in n.users):
+                before.add(n)
+        inside = [n for n in nodes if n in calls or (n in after and n in before) or (n.args and n.args[0] in calls)]
+        return inside, calls[0]
+
+    def _entry_of(self, value: fx.Node, first: fx.Node, inside: Sequence[fx.Node]) -> fx.Node | None:
+        """The value outside the run that ``value`` continues by residual adds: along the blocks' streams, else by type."""
+        node = value
+        while node in inside:
+            call = node.args[0] if node.args else None
+            if not isinstance(call, fx.Node) or not is_call(call):
+                break
+            body = self.before.functions[callee(call)]
+            origin = stream_origins(body, self.binding)[node.args[1]]  # type: ignore[index]
+            if origin is None:
+                break
+            node = call_args(call)[origin]
+        want = TensorType.of(value.meta["val"])
+        if node not in inside and TensorType.of(node.meta["val"]).shape == want.shape:
+            return node
+        for arg in call_args(first):
+            if self.binding[arg] & Binding.LATENT and (arg.meta["val"].dtype, tuple(arg.meta["val"].shape)) == (want.dtype, want.shape):
+                return arg
+        if self.o.residual == "yes":
+            self.refused.append(f"{value.name} continues no input of the run: its value is kept instead of the difference")
+        return None
+
+    def _modules(self, wanted: dict[str, list[str]]) -> None:
+        """Modules inside block bodies: the body takes slots and weights, and returns what it computed."""
+        made: dict[tuple[str, tuple[str, ...]], tuple[str, list[Any]]] = {}
+        for call in list(self.before.calls()):
+            block = str(call.meta["region"])
+            if block not in wanted:
+                continue
+            key = (callee(call), tuple(sorted(wanted[block])))
+            if key not in made:
+                made[key] = self._cached_body(*key)
+            name, values = made[key]
+            if not values:
+                self.refused.append(f"{block}: {' and '.join(key[1])} add nothing to the stream that could be cached")
+                continue
+            slots = [self._slots(v) for v in values]
+            control = self._control()
+            node = self.e[call]
+            more = [s for group in slots for s in group] + ([control] if control is not None else [])
+            old = len(self.before.functions[callee(call)].results)
+            types = [*node.meta["val"], *values]
+            results = self.e.call(name, [*call_args(node), *more], types, node.next, block)
+            for user in list(node.users):
+                user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+            for group, result in zip(slots, results[old:], strict=True):
+                self._update(group, result)
+            self.regions.extend(f"{block}.{role}" for role in wanted[block])
+
+    def _cached_body(self, name: str, roles: tuple[str, ...]) -> tuple[str, list[Any]]:
+        """A copy of a body whose modules of these roles can be predicted; the types of the values it keeps."""
+        body = self.before.functions[name]
+        modules = [m for m in find_modules(body, self.binding) if m.role in roles]
+        if self.o.residual == "yes":
+            raise RecipeError("residual=yes fits runs of blocks; a module's value is added to the stream as it is")
+        new = f"{name}_{self.name}" if len(roles) > 1 else f"{name}_{self.name}_{roles[0]}"
+        with clone_body(body, new, "cache") as e:
+            groups = [
+                [_formal(e, f"h{k}_{i}", m.output.meta["val"]) for i in range(self.o.order + 1)]
+                for k, m in enumerate(modules)
+            ]
+            with e._mode:
+                control = _formal(e, "weights", torch.empty(self.o.order + 1)) if self.o.order else None
+            for module, slots in zip(modules, groups, strict=True):
+                node = e[module.output]
+                at = node.next
+                guess = predict(e, slots, control, at, "")
+                e.replace(node, e.op(select, node, guess, self.name, at=at))
+            e.set_results([*e.results, *(e[m.output] for m in modules)])
+        self.functions[new] = e.function(new)
+        return new, [m.output.meta["val"] for m in modules]
+
+
+def predict(e: Editor, slots: Sequence[fx.Node], weights: fx.Node | None, at: fx.Node, region: str) -> fx.Node:
+    """Nodes for the sum of ``weights[i] * slots[i]`` in at least float32, cast back; one slot is taken as it is."""
+    if weights is None:
+        return slots[0]
+    dtype = slots[0].meta["val"].dtype
+    half = dtype in (torch.float16, torch.bfloat16)
+    total = None
+    for i, slot in enumerate(slots):
+        term = e.op(aten._to_copy.default, slot, at=at, region=region, dtype=torch.float32) if half else slot
+        term = e.op(aten.mul.Tensor, term, e.op(aten.select.int, weights, 0, i, at=at, region=region), at=at, region=region)
+        total = term if total is None else e.op(aten.add.Tensor, total, term, at=at, region=region)
+    assert total is not None
+    return e.op(aten._to_copy.default, total, at=at, region=region, dtype=dtype) if half else total
+
+
+def _formal(e: Editor, name: str, value: Any) -> fx.Node:
+    return e.placeholder(name, Formal("formal", name), value)
+
+
+def _bodies(program: Program) -> set[str]:
+    return {callee(n) for n in program.calls()}
+
+
+def _moved(program: Program, changed: dict[str, Function]) -> tuple[Any, ...]:
+    """Regions whose block now calls another body."""
+    now = {str(n.meta["region"]): callee(n) for n in changed[program.entry].graph.nodes if is_call(n)}
+    return tuple(dataclasses.replace(r, function=now[r.id]) if r.id in now else r for r in program.regions)
