@@ -196,14 +196,14 @@ def find_modules(body: Function, binding: Mapping[fx.Node, Binding]) -> list[Mod
     ``x + gate * m(norm(x))``: the branch leaves at ``m``, before a gate that does not depend on the latent. A branch
     that attends is attention (with an MLP beside it in parallel blocks), another that multiplies matrices is an MLP.
     """
-    stream = {p for p in body.placeholders if binding[p] & Binding.LATENT}
+    stream = _streams(body, binding)
     assigned: set[fx.Node] = set()
     modules: list[Module] = []
     for node in trace(body):
         operands = [a for a in node.args if isinstance(a, fx.Node)]
         if node.target is aten.add.Tensor and len(operands) == 2:
             for old, branch in (operands, operands[::-1]):
-                if old in stream and branch not in stream and binding[branch] & Binding.LATENT:
+                if old in stream and branch not in stream and binding[branch] & Binding.LATENT and _same_shape(old, node):
                     found = _branch(branch, stream, binding)
                     if found is not None and found.output not in {m.output for m in modules}:
                         modules.append(Module(found.role, found.output, frozenset(found.nodes - assigned)))
@@ -213,6 +213,16 @@ def find_modules(body: Function, binding: Mapping[fx.Node, Binding]) -> list[Mod
         elif _is_layout(node) and operands and all(a in stream for a in node.all_input_nodes):
             stream.add(node)
     return modules
+
+
+def _streams(body: Function, binding: Mapping[fx.Node, Binding]) -> set[fx.Node]:
+    """Formals that a residual stream may enter by: latent ones, and the text of the first block, which still depends on
+    the prompt alone. Weights are constant."""
+    return {p for p in body.placeholders if binding[p] & (Binding.LATENT | Binding.PROMPT)}
+
+
+def _same_shape(a: fx.Node, b: fx.Node) -> bool:
+    return bool(a.meta["val"].shape == b.meta["val"].shape)
 
 
 def _is_layout(node: fx.Node) -> bool:
@@ -251,14 +261,13 @@ def _branch(value: fx.Node, stream: set[fx.Node], binding: Mapping[fx.Node, Bind
 
 def stream_origins(body: Function, binding: Mapping[fx.Node, Binding]) -> list[int | None]:
     """For each result of a body: the formal whose stream it continues by residual adds and casts, or None."""
-    origin: dict[fx.Node, int] = {
-        p: i for i, p in enumerate(body.placeholders) if binding[p] & Binding.LATENT
-    }
+    streams = _streams(body, binding)
+    origin: dict[fx.Node, int] = {p: i for i, p in enumerate(body.placeholders) if p in streams}
     for node in trace(body):
         operands = [a for a in node.args if isinstance(a, fx.Node)]
         if node.target is aten.add.Tensor and len(operands) == 2:
             for old, other in (operands, operands[::-1]):
-                if old in origin and other not in origin and old.meta["val"].shape == node.meta["val"].shape:
+                if old in origin and other not in origin and _same_shape(old, node):
                     origin[node] = origin[old]
                     break
         elif node.target in CASTS and operands and operands[0] in origin:

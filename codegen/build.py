@@ -1,0 +1,103 @@
+"""From a Program to a Plan: lower it, compile each step graph for a target, and write down what the runtime must know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, fx
+
+from ditopt._torch import compile_graph
+from ditopt.artifact import Executable, Manifest, StepGraph
+from ditopt.codegen.lower import Lowered, lower, lower_memos
+from ditopt.codegen.onnx.export import export_artifact
+from ditopt.ir.edit import inline
+from ditopt.ir.program import Program
+
+
+def describe(program: Program, steps: Sequence[Lowered], memos: Sequence[Lowered], **more: Any) -> Manifest:
+    """The manifest of a lowered Program; ``more`` are further Manifest fields."""
+    return Manifest(
+        inputs=program.inputs,
+        outputs=program.outputs,
+        state=program.state,
+        decisions=program.decisions,
+        memos=program.memos,
+        graphs=tuple(s.graph for s in steps),
+        memo_graphs=tuple(m.graph for m in memos),
+        **more,
+    )
+
+
+def build(program: Program, target: str, **more: Any) -> tuple[Manifest, dict[str, Executable]]:
+    """Executables in this process, for ``target`` "eager" or "inductor", and their manifest.
+
+    Graphs are compiled when they first run. Memo functions run eagerly: they run once a request or once a timestep,
+    and in eager they are bit-equal to what the step would have computed.
+    """
+    steps, memos = lower(program), lower_memos(program)
+    make = {"eager": eager, "inductor": inductor}[target]
+    run = {s.graph.name: make(s) for s in steps} | {m.graph.name: eager(m) for m in memos}
+    return describe(program, steps, memos, target=target, **more), run
+
+
+def export(program: Program, path: Path, schedule: list[dict[str, Any]] | None, **more: Any) -> Manifest:
+    """Write ``program`` as ONNX files beside ``path`` (codegen/onnx/export.py)."""
+    lowered = [*lower(program), *lower_memos(program)]
+    split = len(lowered) - len(program.memos)
+    manifest = describe(program, lowered[:split], lowered[split:], target="onnxruntime", **more)
+    return export_artifact(
+        manifest,
+        {s.graph.name: flat_module(s) for s in lowered},
+        {s.graph.name: _types(s) for s in lowered},
+        program.params,
+        path,
+        schedule=schedule,
+    )
+
+
+def flat_module(step: Lowered) -> fx.GraphModule:
+    """A step graph as one GraphModule without calls."""
+    function = inline(step.program)
+    return fx.GraphModule({}, function.graph, class_name=step.graph.name)
+
+
+def eager(step: Lowered) -> Executable:
+    """The step graph as generated Python over ATen operators."""
+    module = flat_module(step)
+    return lambda inputs: module(*inputs)
+
+
+def inductor(step: Lowered) -> Executable:
+    """The step graph compiled by Inductor at its first call; shared block bodies are compiled once."""
+    return _Compiled(lambda: compile_graph(step.program.module(), _types(step)), step.graph)
+
+
+class _Compiled:
+    """Compiles at the first call, and says so to ``on_compile`` (tests and reports count graphs)."""
+
+    on_compile: Callable[[StepGraph], None] | None = None
+
+    def __init__(self, make: Callable[[], Callable[..., Sequence[Tensor]]], graph: StepGraph) -> None:
+        self._make, self._graph = make, graph
+        self._run: Callable[..., Sequence[Tensor]] | None = None
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        if self._run is None:
+            self._run = self._make()
+            if _Compiled.on_compile is not None:
+                _Compiled.on_compile(self._graph)
+        return self._run(*inputs)
+
+
+def _types(step: Lowered) -> list[Any]:
+    return [p.meta["val"] for p in step.program.step.placeholders]
+
+
+def sizes(program: Program) -> Mapping[str, int]:
+    """Bytes of weights that each lowered graph reads, by graph name."""
+    return {
+        s.graph.name: sum(program.params[f.ref].nbytes for f in s.graph.inputs if f.kind == "param")
+        for s in lower(program)
+    }
