@@ -134,8 +134,8 @@ class Patience:
         why = "; ".join(f"{count} x {reason}" for reason, count in self.opened.most_common())
         first = "; ".join(f"{name!r}: {ledger.reason(name)}" for name in ledger.rules)
         warnings.warn(
-            f"nothing was reused in {self.calls} calls, because {sum(self.opened.values())} requests were opened meanwhile "
-            f"({why}). In the last one: {first}. If these calls belong to one loop, announce it with "
+            f"nothing was reused in {self.calls} calls, because {sum(self.opened.values())} requests were opened "
+            f"meanwhile ({why}). In the last one: {first}. If these calls belong to one loop, announce it with "
             "`with model.session(steps=...)`, or optimize the pipeline instead of the model",
             DitoptWarning,
             stacklevel=4,

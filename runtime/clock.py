@@ -10,7 +10,8 @@ Evidence, strongest first:
 
 Limits of the guess, all of which hooks remove: several windows with one prompt at one time look like the stages of a
 solver; a request that is cancelled and followed by one with the same prompts that begins further along looks like
-its continuation.
+its continuation. Limit of the hooks: where the timestep is not in host memory, a cancelled request goes on in calls
+that nobody announces; ``close`` it.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class _Request:
     offset: int | None = None  # scheduler index of step 0 (image to image starts in the middle); None: not yet known
     time: float | None = None
     direction: int = 0
+    monotone: bool = False  # the scheduler's times were seen to keep one direction
     shape: object = None
     called: bool = False
     prompts: Known = field(default_factory=lambda: Known(BRANCHES))
@@ -102,11 +104,11 @@ class Clock:
         self, steps: int | None = None, timesteps: Sequence[float] | Tensor | None = None, kind: Kind = "hook"
     ) -> None:
         """A request begins. ``timesteps``, the times of all its model evaluations, count the steps better than
-        ``steps`` does (Heun evaluates nearly twice a step); their values are not read."""
+        ``steps`` does (Heun evaluates nearly twice a step); their values are read only where that is free."""
         count = len(timesteps) if timesteps is not None else steps
         if count is not None and count < 1:
             raise SessionError(f"a request of {count} steps given; at least 1 expected")
-        self._new(_Request(kind, count, timesteps is not None))
+        self._new(_Request(kind, count, timesteps is not None, monotone=_monotone(timesteps)))
 
     def advance(self, index: int | None = None) -> None:
         """The scheduler finished its step ``index`` (None: the running one); what follows belongs to the next one.
@@ -141,6 +143,8 @@ class Clock:
             opened = "it came after the scheduler's last step"
         elif r.kind == "guess":
             opened = self._broken(r, time, latent, prompts)
+        elif r.kind == "hook":
+            opened = self._left(r, time)
         if opened:
             r = self._new(_Request("guess"))
             self._undo = None  # should the call fail, the request that ended stays ended
@@ -148,8 +152,9 @@ class Clock:
         if not r.called:
             r.called, r.shape, r.time = True, _shape(latent), time
         elif time is not None and time != r.time:
+            if r.time is not None:
+                r.direction = r.direction or (1 if time > r.time else -1)
             if r.kind != "hook" or r.offset is None:
-                r.direction = r.direction or (1 if r.time is None or time > r.time else -1)
                 r.move(r.step + 1)
             r.time = time
         branch = self._branch(r, latent, prompts)
@@ -178,6 +183,17 @@ class Clock:
 
     def _finished(self, r: _Request) -> bool:
         return r.kind == "hook" and r.counted and r.steps is not None and r.step >= r.steps
+
+    def _left(self, r: _Request, time: float | None) -> str:
+        """Why a call cannot belong to the running announced request, or "". Free evidence only: a pipeline that was
+        cancelled announces nothing, and the module may be called by somebody else next."""
+        if time is None or r.time is None or time == r.time:
+            return ""
+        if r.monotone and r.direction and (time > r.time) != (r.direction > 0):
+            return "the time went against the scheduler's"
+        if r.offset is None and any(len(calls) > 1 for calls in r.seen.values()):
+            return "the time moved before the scheduler's first step ended"
+        return ""
 
     def _broken(self, r: _Request, time: float | None, latent: Tensor | None, prompts: Sequence[Tensor]) -> str:
         """Why a call cannot belong to the running guessed request, or ""."""
@@ -235,3 +251,10 @@ class Clock:
 
 def _shape(latent: Tensor | None) -> object:
     return None if latent is None else (latent.shape, latent.dtype, latent.device)
+
+
+def _monotone(timesteps: Sequence[float] | Tensor | None) -> bool:
+    if timesteps is None or (isinstance(timesteps, Tensor) and timesteps.device.type != "cpu"):
+        return False
+    times = [float(t) for t in timesteps]
+    return times in (sorted(times), sorted(times, reverse=True))

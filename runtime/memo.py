@@ -29,8 +29,8 @@ _SAMPLES = 64
 
 def fingerprint(params: Mapping[str, Tensor]) -> Hashable:
     """What tells changed weights: for each tensor its address, its count of writes, and the integer sum of at most 64
-    elements spread over it, which sees the ``.data`` writes (LoRA merges) that the count misses. One host read a device.
-    """
+    elements spread over it, which sees the ``.data`` writes (LoRA merges) that the count misses. One host read for
+    each device."""
     identities: list[Hashable] = []
     sums: dict[torch.device, list[Tensor]] = {}
     for name in sorted(params):
@@ -85,7 +85,7 @@ class Memos:
         return any(self._roles[k] == "timestep" for m in self.memos for k in m.keys)
 
     def begin(self, params: Mapping[str, Tensor]) -> bool:
-        """A request begins: forget everything if the weights that memos read changed. True if entries were forgotten."""
+        """A request begins: forget everything if the weights that memos read changed. True if something was."""
         if not self.memos:
             return False
         for known in self._groups.values():

@@ -79,8 +79,8 @@ class Ready:
             made = {d.name: schedule(d.schedule, self._steps, d.name) for d in self.manifest.decisions}
             if declared and planned and declared != planned and made:
                 warnings.warn(
-                    f"this request runs {declared} steps and the model was optimized for {planned}: the schedule was made "
-                    f"again for {declared}; pass steps={declared} to optimize if that is what you want to run",
+                    f"this request runs {declared} steps and the model was optimized for {planned}: the schedule was "
+                    f"made again for {declared}; pass steps={declared} to optimize if that is what you want to run",
                     DitoptWarning,
                     stacklevel=5,
                 )

@@ -64,7 +64,7 @@ def schedule(interval: Interval, steps: int | None, name: str = "cache") -> Sche
         raise SessionError(f"decision {name!r}: {interval} given; every must be at least 1, first and last at least 0")
     if interval.last and steps is None and interval.every > 1:
         warnings.warn(
-            f"decision {name!r} asks that the last {interval.last} steps compute, but the number of steps is unknown here, "
+            f"decision {name!r} asks that the last {interval.last} steps compute, but the number of steps is unknown, "
             "so they follow the interval; pass steps= to optimize or open a session with steps=",
             DitoptWarning,
             stacklevel=2,

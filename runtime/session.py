@@ -120,8 +120,8 @@ class Session:
 
     def _begin(self, steps: int | None, timesteps: Sequence[float] | Tensor | None, kind: Kind) -> None:
         # A request that the next one interrupts was cancelled; of a guessed one nobody knows.
-        steps = self.clock.steps
-        self._end(ended=self.clock.kind == "hook" and (steps is None or self._ledger.top + 1 >= steps))
+        before = self.clock.steps
+        self._end(ended=self.clock.kind == "hook" and (before is None or self._ledger.top + 1 >= before))
         self.clock.begin(steps, timesteps, kind)
 
     def _end(self, ended: bool) -> None:
@@ -171,13 +171,15 @@ class Session:
         return found
 
     def _times(self, ready: Ready, given: Mapping[str, Tensor]) -> tuple[dict[str, bytes], float | None]:
-        """The bits of each timestep input and the model's time, read together, or nothing where nobody needs them."""
-        if not (self.clock.needs_time or ready.reads_time):
-            return {}, None
+        """The bits of each timestep input and the model's time, read together; nothing where nobody needs them and
+        reading would wait for a device."""
+        needed = self.clock.needs_time or ready.reads_time
         bits: dict[str, bytes] = {}
         time: float | None = None
         for name in ready.names["timestep"]:
-            self.stats.reads += 1
+            if not needed and given[name].device.type != "cpu":
+                continue
+            self.stats.reads += needed
             host = given[name].detach().cpu().contiguous()
             bits[name] = host.reshape(-1).view(torch.uint8).numpy().tobytes()
             if time is None and host.numel():
