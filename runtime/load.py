@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,15 +51,15 @@ class LoadedModel:
     (what the export saw for arguments that are no tensors: these may be repeated, not changed).
     """
 
-    def __init__(self, plan: Plan, where: str = "artifact") -> None:
+    def __init__(self, plan: Plan, where: str = "artifact", session: Session | None = None) -> None:
         self.plan = plan
         self.manifest = plan.manifest
-        self.session = Session()
+        self.session = Session() if session is None else session
         self._where = where
         self._inputs = {i.name: i for i in self.manifest.inputs}
         top = dict.fromkeys(name.split(".")[0] for name in self._inputs)
         self._order = tuple(self.manifest.extra.get("signature") or top)
-        self._constants: Mapping[str, Any] = self.manifest.extra.get("constants", {})
+        self._constants = dict(_leaves(self.manifest.extra.get("constants", {})))
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...] | Output:
         """One step. BadInput for arguments the model does not have, SessionError for a shape or dtype it was not
@@ -130,15 +131,17 @@ class LoadedModel:
         return given
 
     def _check_constant(self, name: str, value: Any) -> None:
-        if isinstance(value, Tensor):
+        """An argument that is no input: None, an empty container, or what the export saw."""
+        if isinstance(value, (Tensor, np.ndarray)):
             raise BadInput(f"unknown input {name!r}; {self._where} takes {self._expected()}")
+        value = list(value) if isinstance(value, tuple) else value  # as JSON has it
         if name in self._constants:
-            saw = self._constants[name]
-            if value != saw and list(_leaves({name: saw})) != [(name, value)]:
+            if value != self._constants[name]:
+                saw = self._constants[name]
                 raise BadInput(
-                    f"{name}={value!r} given, but {self._where} was exported with {name}={saw!r}; export again with it"
+                    f"{name}={value!r} given, but {self._where} was exported with {name}={saw!r}; export again"
                 )
-        elif value is not None and dict(_leaves(self._constants)).get(name, _ABSENT) != value:
+        elif value is not None and value != {} and value != []:
             raise BadInput(
                 f"{name}={value!r} given, but {self._where} was exported without it; it takes {self._expected()}"
             )
@@ -147,11 +150,9 @@ class LoadedModel:
         return ", ".join(f"{i.name}: {_describe(i.type.dtype, i.type.shape)}" for i in self._inputs.values())
 
 
-_ABSENT = object()
-
-
-def load_onnx(path: str | Path) -> LoadedModel:
-    """The model that an ONNX export wrote; ``path`` is the .onnx, the .json, or their common stem.
+def load_onnx(path: str | Path, session: Session | None = None) -> LoadedModel:
+    """The model that an ONNX export wrote; ``path`` is the .onnx, the .json, or their common stem. ``session``: one to
+    run in, for a caller who observes its events; else the model makes its own.
 
     ArtifactError, naming the file, where one is missing or differs from what was exported, and for another version.
     """
@@ -162,7 +163,7 @@ def load_onnx(path: str | Path) -> LoadedModel:
         raise ArtifactError(f"{file} does not exist; give the path that export_onnx wrote, and keep its files together")
     manifest = read_manifest(file)
     _check_files(file, manifest)
-    return LoadedModel(Plan(manifest, ort_executables(file.parent, manifest)), str(path))
+    return LoadedModel(Plan(manifest, ort_executables(file.parent, manifest)), str(path), session)
 
 
 def _check_files(file: Path, manifest: Manifest) -> None:

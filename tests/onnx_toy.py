@@ -22,7 +22,7 @@ COND = TensorType(torch.float32, (B, D))
 
 def weights(seed=0):
     g = torch.Generator().manual_seed(seed)
-    shapes = {"embed.weight": (11, D), "head.weight": (D, D)}
+    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (11, D), "head.weight": (D, D)}
     for k in range(2):
         shapes |= {f"b{k}.mod.weight": (2 * D, D), f"b{k}.qkv.weight": (3 * D, D), f"b{k}.qkv.bias": (3 * D,)}
         shapes |= {f"b{k}.norm.weight": (D,), f"b{k}.fc1.weight": (4 * D, D), f"b{k}.fc2.weight": (D, 4 * D)}
@@ -82,6 +82,10 @@ def graph_of(fn, w, names, formals, types):
     return module, (*(Formal("param", n) for n in names), *formals), example
 
 
+def eager(module):
+    return lambda args: module(*args)
+
+
 class Toy:
     """The artifact before it is written: ``manifest``, ``modules``, ``examples``, ``values``, and an eager ``plan``."""
 
@@ -125,7 +129,10 @@ class Toy:
             memo_graphs=(StepGraph("mod", {}, made["mod"][1], 1, flops=1),),
             structure=("sample",),
             steps=steps,
-            extra={"constants": {"return_dict": True, "mode": "plain"}, "device": "cuda"},
+            extra={
+                "constants": {"return_dict": True, "mode": "plain", "sizes": [1, 2], "opts": {"scale": 1}},
+                "device": "cuda",
+            },
         )
         rows = table(self.manifest.decisions, steps, graphs=self.manifest.graphs)
         self.schedule = [
@@ -136,7 +143,7 @@ class Toy:
     def plan(self):
         """The same graphs, run by torch."""
         manifest = dataclasses.replace(self.manifest, extra={})
-        return Plan(manifest, {n: (lambda args, m=m: m(*args)) for n, m in self.modules.items()}, lambda: self.values)
+        return Plan(manifest, {n: eager(m) for n, m in self.modules.items()}, lambda: self.values)
 
     def export(self, path):
         return export_artifact(self.manifest, self.modules, self.examples, self.values, path, schedule=self.schedule)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, fx
 
 from ditopt.artifact import Manifest, StepGraph, read_manifest, to_json
-from ditopt.codegen.onnx.splits import plain_splits
+from ditopt.codegen.onnx.repairs import plain_splits, widen_half_sums
 from ditopt.codegen.onnx.weights import WeightStore, check_dtype
 from ditopt.errors import ArtifactError, BadInput, DitoptError, require
 
@@ -224,11 +224,18 @@ def _translate(module: fx.GraphModule, inputs: Sequence[Tensor], where: str) -> 
     try:
         with torch.no_grad(), _quiet():
             exported = torch.export.export(module, tuple(inputs), strict=False)
+            widen_half_sums(exported)
             # The exporter's optimizer drops additions of small numbers (1e-15 in linear attention): 0/0 at run time.
             program = torch.onnx.export(exported, (), dynamo=True, optimize=False, opset_version=opset(), verbose=False)
     except Exception as error:
         raise DitoptError(f"{where} cannot be translated to ONNX: {error}") from error
     model = program.model  # type: ignore[union-attr]
+    for value, node in zip(model.graph.outputs, exported.graph.output_node().args[0], strict=True):
+        expected = str(node.meta["val"].dtype)
+        if value.dtype is not None and f"torch.{value.dtype.numpy()}" != expected and expected != "torch.bfloat16":
+            raise DitoptError(
+                f"output {value.name!r} of {where} came out of torch.onnx as {value.dtype}, not {expected}"
+            )
     for value in _values(model):
         value.metadata_props.clear()
         if value.dtype is not None and value.dtype.name == "BFLOAT16":

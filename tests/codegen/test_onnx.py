@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import warnings
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from ditopt.artifact import Manifest, StepGraph, Update
+from ditopt.codegen.onnx import export
 from ditopt.codegen.onnx.export import WeightStore, export_artifact, export_graph, opset
 from ditopt.errors import BadInput, DitoptError
 from ditopt.ir.program import Formal, Input, TensorType
@@ -124,6 +126,16 @@ def test_operators(folder):
     assert proto(folder / "dit.onnx").opset_import[0].version == opset() == 23
     assert ops.count("Attention") == 2
     assert "SplitToSequence" not in ops
+
+
+def test_an_older_onnxruntime_gets_an_older_opset(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "opset", lambda: 20)
+    toy.export(tmp_path / "dit.onnx")
+    assert proto(tmp_path / "dit.onnx").opset_import[0].version == 20
+    given = inputs()
+    mod = condition(toy.values, given["time"], given["labels"]).numpy()
+    out = session(tmp_path / "dit.onnx").run(None, {"x.hidden": given["x.hidden"].numpy(), "mod.0": mod})[0]
+    assert_close(torch.from_numpy(out), model(toy.values, *given.values()), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -249,19 +261,19 @@ def test_a_failed_export_leaves_what_was_there(toy, tmp_path):
     small = Manifest((Input("x", "latent", TensorType.of(x)),), ("y",), (), (), (), (StepGraph("full", {}, (), 1),))
     module, formals, values = graph_of(lambda w, x: (x + 1,), {}, [], [Formal("input", "x")], [TensorType.of(x)])
     good = dataclasses.replace(small, graphs=(StepGraph("full", {}, formals, 1), StepGraph("spare", {}, formals, 1)))
-    args = {"full": module, "spare": module}, {"full": values, "spare": values}, {}, tmp_path / "m.onnx"
+    args: Any = {"full": module, "spare": module}, {"full": values, "spare": values}, {}, tmp_path / "m.onnx"
     export_artifact(good, *args)
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
     with pytest.raises(BadInput, match=r"m\.safetensors"):
         export_artifact(good, *args, overwrite=False)
     bad = dataclasses.replace(good, graphs=(*good.graphs, StepGraph("late", {}, (), 1)))
     with pytest.raises(BadInput, match="placeholders"):
-        export_artifact(bad, {**args[0], "late": module}, {**args[1], "late": values}, *args[2:])
+        export_artifact(bad, {**args[0], "late": module}, {**args[1], "late": values}, {}, args[3])
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
     export_artifact(dataclasses.replace(good, graphs=good.graphs[:1]), *args)
     assert "m.spare.onnx" not in {f.name for f in tmp_path.iterdir()}  # an old variant does not stay behind
     with pytest.raises(BadInput, match=r"ends in \.onnx"):
-        export_artifact(good, *args[:3], tmp_path / "m")
+        export_artifact(good, {}, {}, {}, tmp_path / "m")
 
 
 def test_the_caller_keeps_its_warning_filters(toy, tmp_path):

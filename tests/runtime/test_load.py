@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ditopt.artifact import VERSION
+from ditopt.artifact import VERSION, Manifest, StepGraph
+from ditopt.codegen.onnx.export import export_artifact
 from ditopt.errors import ArtifactError, BadInput, DitoptWarning, MissingExtra, SessionError
+from ditopt.ir.program import Formal, Input, TensorType
 from ditopt.runtime import ort as ort_module
 from ditopt.runtime.load import Output, load_onnx
 from ditopt.runtime.session import Session
 from examples.onnx_numpy import run
-from tests.onnx_toy import Toy, inputs, model
+from tests.onnx_toy import Toy, graph_of, inputs, model
 
 STEPS = 8
 
@@ -106,9 +108,21 @@ def test_paths_and_outputs(folder, toy, name):
 
 def test_arguments(loaded):
     given = inputs()
-    call(loaded, given["x.hidden"], given, mode="plain", mask=None, return_dict=True)
+    call(
+        loaded,
+        given["x.hidden"],
+        given,
+        mode="plain",
+        sizes=(1, 2),
+        mask=None,
+        extra={},
+        return_dict=True,
+        opts={"scale": 1},
+    )
     with pytest.raises(BadInput, match=r"mode='fancy'.*exported with mode='plain'"):
         call(loaded, given["x.hidden"], given, mode="fancy")
+    with pytest.raises(BadInput, match=r"opts\.scale=2"):
+        call(loaded, given["x.hidden"], given, opts={"scale": 2})
     with pytest.raises(BadInput, match="other=3"):
         call(loaded, given["x.hidden"], given, other=3)
     with pytest.raises(
@@ -143,6 +157,34 @@ def test_outputs_of_two_calls_are_two_tensors(loaded):
     before = first.clone()
     call(loaded, given["x.hidden"] + 1, given)
     assert torch.equal(first, before)
+
+
+def run_one(fn, example, tmp_path):
+    """``fn(w, *example)`` as an artifact of one graph, called once by onnxruntime."""
+    types = [TensorType.of(t) for t in example]
+    module, formals, values = graph_of(fn, {}, [], [Formal("input", f"i{k}") for k in range(len(types))], types)
+    names = tuple(Input(f"i{k}", "latent", t) for k, t in enumerate(types))
+    manifest = Manifest(names, ("y",), (), (), (), (StepGraph("full", {}, formals, 1),))
+    export_artifact(manifest, {"full": module}, {"full": values}, {}, tmp_path / "m.onnx")
+    return load_onnx(tmp_path / "m")(*example)[0]
+
+
+@pytest.mark.parametrize(
+    ("fn", "example"),
+    [
+        (lambda w, x, t, unused: (x * t,), [torch.randn(3), torch.tensor(2.0), torch.tensor([1])]),
+        (lambda w, x: (x.sum(),), [torch.randn(3, 4).half()]),
+        (lambda w, x: (x.cumsum(0) / x.sum(-1, keepdim=True),), [torch.rand(3, 4).half() + 1]),
+        (lambda w, x: (x.any(0),), [torch.tensor([[True, False], [False, False]])]),
+        (lambda w, x: (torch.cat([x, x.new_ones(2, 3)], 1),), [torch.randn(2, 0)]),
+        (lambda w, x: (torch.nn.functional.layer_norm(x, (8,)).softmax(-1),), [torch.randn(2, 8).half()]),
+        (lambda w, x: (x.to(torch.int32),), [torch.randn(2, 8, dtype=torch.float64)]),
+    ],
+)
+def test_types_and_shapes(fn, example, tmp_path):
+    want = fn({}, *example)[0]
+    got = run_one(fn, example, tmp_path)
+    assert_close(got, want, atol=2e-3 if want.dtype is torch.half else 1e-6, rtol=1e-5)
 
 
 def damaged(folder, tmp_path, name, change):

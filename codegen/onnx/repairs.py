@@ -1,18 +1,36 @@
-"""Split in place of sequences, which is how the exporter spells split, chunk and unbind.
-
-onnxruntime copies every part into and out of a sequence, and no optimization of its own looks through one.
-"""
+"""What has to be put right before and after torch's ONNX exporter. Each repair says what went wrong without it."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ditopt.errors import require
+
+_aten = torch.ops.aten
+_WIDE = {_aten.sum.default, _aten.sum.dim_IntList, _aten.cumsum.default, _aten.prod.default, _aten.prod.dim_int}
+
+
+def widen_half_sums(program: torch.export.ExportedProgram) -> int:
+    """Spell out, in place, that float16 is summed in float32 and rounded back. The exporter inserts the first cast and
+    forgets the second, so that a float16 sum becomes float32 for whatever reads it. How many were rewritten."""
+    count = 0
+    for node in list(program.graph.nodes):
+        if node.target in _WIDE and node.meta["val"].dtype is torch.float16:
+            with program.graph.inserting_before(node):
+                wide = program.graph.call_function(node.target, node.args, {**node.kwargs, "dtype": torch.float32})
+            wide.meta = {**node.meta, "val": node.meta["val"].to(torch.float32)}
+            # The node keeps its name, which the program's signature may know as an output.
+            node.target, node.args, node.kwargs = _aten._to_copy.default, (wide,), {"dtype": torch.float16}
+            count += 1
+    return count
 
 
 def plain_splits(model: Any) -> int:
     """Rewrite, in place, each SplitToSequence of a static shape that is only read at constant indices: to one Split, or
-    for unbind to one Gather a part. How many were rewritten."""
+    for unbind to one Gather a part. The exporter spells split, chunk and unbind as sequences; onnxruntime copies every
+    part in and out of one, and no optimization of its own looks through it. How many were rewritten."""
     ir = require("onnx_ir", None)
     count = 0
     for node in list(model.graph):
