@@ -54,7 +54,7 @@ def _sample(tensor: Tensor) -> Tensor:
 
 class Memos:
     """The remembered values of one plan. ``fills``, ``hits`` and ``drops`` count entries made, found, and forgotten
-    because weights changed; ``reads`` comparisons of input contents, each a host read."""
+    because weights changed; ``reads`` host reads: comparisons of inputs, fingerprints."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.memos = manifest.memos
@@ -90,6 +90,7 @@ class Memos:
             return False
         for known in self._groups.values():
             known.doubt()
+        self.reads += 1
         now = fingerprint({name: params[name] for name in self._params if name in params})
         changed, self._seen = self._seen is not None and now != self._seen, now
         if changed:

@@ -87,20 +87,17 @@ class Ready:
             self._rules[self._steps] = made
         return self._rules[self._steps]
 
-    def late(self, step: int) -> bool:
-        """Whether the step lies beyond the declared ones; the first time a DitoptWarning says so."""
-        steps = self._steps
-        if steps is None or step < steps:
-            return False
-        if not self._late and self.manifest.decisions:
-            self._late = True
-            warnings.warn(
-                f"step {step} of a request that was declared to have {steps} steps: it and those after it compute "
-                "everything; declare the true number of steps",
-                DitoptWarning,
-                stacklevel=5,
-            )
-        return True
+    def warn_late(self, step: int) -> None:
+        """A DitoptWarning, once, if the step lies beyond the declared ones (where schedules compute)."""
+        if self._late or self._steps is None or step < self._steps or not self.manifest.decisions:
+            return
+        self._late = True
+        warnings.warn(
+            f"step {step} of a request that was declared to have {self._steps} steps: it and those after it compute "
+            "everything; declare the true number of steps",
+            DitoptWarning,
+            stacklevel=5,
+        )
 
     def param(self, params: Mapping[str, Tensor], name: str) -> Tensor:
         """A weight by name."""

@@ -188,20 +188,15 @@ class Session:
 
     def _step(self, ready: Ready, given: Mapping[str, Tensor], bits: Mapping[str, bytes], tick: Tick) -> _Done:
         params = ready.plan.params()
-        if id(ready.plan) not in self._checked:
-            if ready.memos.begin(params):
-                self._event("weights", plan=ready.plan)
-            self._checked.add(id(ready.plan))
         device = ready.device(given)
         values, filled = self._memo_values(ready, given, bits, params)
 
         rules = ready.rules(self.clock.steps)
         branch, kept = self._branch(ready, tick)
         now = Anchor(tick.step, tick.time)
-        late = ready.late(tick.step)
+        ready.warn_late(tick.step)
         wanted = {
-            d.name: "compute" if late else choose(rules[d.name], branch.anchors.get(d.name, ()), tick.step)
-            for d in ready.manifest.decisions
+            d.name: choose(rules[d.name], branch.anchors.get(d.name, ()), tick.step) for d in ready.manifest.decisions
         }
         graph = fit(wanted, ready.manifest.graphs)
         weights: dict[str, list[float]] = {}
@@ -272,6 +267,10 @@ class Session:
         filled: list[StepGraph] = []
         memos = ready.memos
         before = memos.hits, memos.reads
+        if id(ready.plan) not in self._checked:
+            if memos.begin(params):
+                self._event("weights", plan=ready.plan)
+            self._checked.add(id(ready.plan))
 
         def argument(formal: Formal) -> Tensor:
             if formal.kind == "memo":

@@ -1,10 +1,12 @@
 """Hand-made plans through a Session: schedules executed, state kept apart, requests told apart, failures undone."""
 
 import math
+import weakref
 
 import pytest
 import torch
 
+from ditopt.artifact import Plan
 from ditopt.errors import DitoptWarning, SessionError
 from ditopt.ir.program import Interval, Predictor
 from ditopt.runtime.session import Session
@@ -213,6 +215,8 @@ def test_memos_are_filled_once_and_serve_the_next_request():
     assert calls["hoisted"] == 2  # prompts
     assert calls["tabled"] == 9  # steps
     assert session.stats.memo_fills == 11
+    # the timestep of each call, the weights once a request, the new prompt against the known one (clock and memo)
+    assert session.stats.syncs == 2 * 9 + 1 + 2
     sample(session, plan, prompts=(PROMPT.clone(), NEGATIVE), seed=3)
     assert session.stats.memo_fills == 11
     assert session.stats.memo_hits == 4 * 9 - 11 + 4 * 9
@@ -233,6 +237,33 @@ def test_a_data_write_between_requests_drops_the_memos():
     assert "weights" in events
     fresh, _ = make(memo=True, weight=weight)
     assert equal(trace, sample(Session(), fresh))
+
+
+def test_a_memo_does_not_live_in_the_prompt():
+    plan, _ = make(memo=True)
+    plan = Plan(plan.manifest, {**plan.run, "hoisted": lambda args: [args[0][:3]]}, plan.params)
+    session, prompt = Session(), PROMPT.clone()
+    first = sample(session, plan, prompts=(prompt,))
+    prompt.fill_(7)
+    assert equal(sample(session, plan, prompts=(PROMPT.clone(),)), first)
+    assert session.stats.memo_fills == 10
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_a_request_frees_the_state_of_the_one_before(hook):
+    plan, _ = make()
+    made, alive = [], []
+
+    def full(args):
+        alive.append(sum(r() is not None for r in made))
+        outputs = plan.run["full"](args)
+        made.append(weakref.ref(outputs[1]))
+        return outputs
+
+    session, watched = Session(), Plan(plan.manifest, {**plan.run, "full": full}, plan.params)
+    for _ in range(2):
+        sample(session, watched, prompts=(PROMPT, NEGATIVE), hook=hook, stop=2)
+    assert alive == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
 def test_inference_mode():
