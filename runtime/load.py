@@ -61,9 +61,10 @@ class LoadedModel:
         self._order = tuple(self.manifest.extra.get("signature") or top)
         self._constants = dict(_leaves(self.manifest.extra.get("constants", {})))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...] | Output:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One step. BadInput for arguments the model does not have, SessionError for a shape or dtype it was not
-        exported for. Packed as ``manifest.structure`` says; ``return_dict=False`` gives a tuple."""
+        exported for. An Output, a tuple or (``manifest.structure`` "single") a tensor, as the model gave;
+        ``return_dict=False`` gives a tuple in place of an Output."""
         if len(args) > len(self._order):
             raise BadInput(f"{len(args)} positional arguments given, {self._where} takes {self._expected()}")
         named = dict(zip(self._order, args, strict=False))
@@ -74,6 +75,8 @@ class LoadedModel:
         plain = self._wants_tuple(named.pop("return_dict", None))
         given = self._tensors(named)
         outputs = self.session.call(self.plan, [given[name] for name in self._inputs])
+        if self.manifest.structure == "single":
+            return outputs[0]
         if plain or isinstance(self.manifest.structure, str):
             return tuple(outputs)
         return Output(zip(self.manifest.structure, outputs, strict=True))

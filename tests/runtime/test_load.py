@@ -164,9 +164,9 @@ def run_one(fn, example, tmp_path):
     types = [TensorType.of(t) for t in example]
     module, formals, values = graph_of(fn, {}, [], [Formal("input", f"i{k}") for k in range(len(types))], types)
     names = tuple(Input(f"i{k}", "latent", t) for k, t in enumerate(types))
-    manifest = Manifest(names, ("y",), (), (), (), (StepGraph("full", {}, formals, 1),))
+    manifest = Manifest(names, ("y",), (), (), (), (StepGraph("full", {}, formals, 1),), structure="single")
     export_artifact(manifest, {"full": module}, {"full": values}, {}, tmp_path / "m.onnx")
-    return load_onnx(tmp_path / "m")(*example)[0]
+    return load_onnx(tmp_path / "m")(*example)
 
 
 @pytest.mark.parametrize(
