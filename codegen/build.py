@@ -16,7 +16,7 @@ from ditopt.ir.edit import inline
 from ditopt.ir.program import Program
 
 
-def describe(program: Program, steps: Sequence[Lowered], memos: Sequence[Lowered], **more: Any) -> Manifest:
+def describe(program: Program, variants: Sequence[Lowered], memos: Sequence[Lowered], **more: Any) -> Manifest:
     """The manifest of a lowered Program; ``more`` are further Manifest fields."""
     return Manifest(
         inputs=program.inputs,
@@ -24,7 +24,7 @@ def describe(program: Program, steps: Sequence[Lowered], memos: Sequence[Lowered
         state=program.state,
         decisions=program.decisions,
         memos=program.memos,
-        graphs=tuple(s.graph for s in steps),
+        graphs=tuple(v.graph for v in variants),
         memo_graphs=tuple(m.graph for m in memos),
         **more,
     )

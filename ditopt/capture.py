@@ -14,7 +14,7 @@ import copy
 import inspect
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from ditopt import roles as role_rules
 from ditopt._torch import OpOverload, is_fake, pytree
 from ditopt.errors import BadInput, CaptureError
+from ditopt.ir.edit import drop_dead
 from ditopt.ir.program import Formal, Function, Input, Program, Role, TensorType
 
 _SCALARS = (bool, int, float, str, type(None))
@@ -35,7 +36,8 @@ class CallSpec:
     """How one call of a model maps to flat tensors and back.
 
     ``key`` identifies the signature: structure, shapes, dtypes, devices and static values. Python floats, and an
-    integer timestep, become tensors; every other Python value is static.
+    integer timestep, become tensors; every other Python value is static. ``names``: dotted names of the tensors;
+    ``arguments``: the parameters of forward; ``labels``: dotted names of all leaves.
     """
 
     key: tuple[Any, ...]
@@ -43,6 +45,14 @@ class CallSpec:
     positions: tuple[int, ...]
     statics: tuple[Any, ...]
     tree: pytree.TreeSpec
+
+    arguments: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+
+    def static_items(self) -> list[tuple[str, Any]]:
+        """(dotted name, value) of the arguments that are no tensors."""
+        taken = set(self.positions)
+        return [(n, v) for i, (n, v) in enumerate(zip(self.labels, self.statics, strict=True)) if i not in taken]
 
     def unflatten(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
         """The bound arguments of a call, with ``tensors`` in their places."""
@@ -71,7 +81,7 @@ def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tu
     key: list[Any] = [tree]
     for i, (path, leaf) in enumerate(leaves):
         name = _dotted(path)
-        if isinstance(leaf, float) or (type(leaf) is int and role_rules._TIME.search(role_rules.clean(name))):
+        if isinstance(leaf, float) or (type(leaf) is int and role_rules.is_time(name)):
             leaf = torch.tensor(leaf, device=_device(model))
         if isinstance(leaf, Tensor):
             names.append(name)
@@ -87,7 +97,9 @@ def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tu
                 f"argument {name} is a {type(leaf).__name__}; ditopt takes tensors, numbers, strings, None and "
                 "nested tuples, lists and dicts of them"
             )
-    return CallSpec(tuple(key), tuple(names), tuple(positions), tuple(statics), tree), tensors
+    labels = tuple(_dotted(path) for path, _ in leaves)
+    spec = CallSpec(tuple(key), tuple(names), tuple(positions), tuple(statics), tree, tuple(signature.parameters), labels)
+    return spec, tensors
 
 
 def _dotted(path: Sequence[Any]) -> str:
@@ -162,11 +174,13 @@ def capture(
     spec: CallSpec,
     tensors: Sequence[Tensor],
     roles: Mapping[str, Role] | None = None,
+    weights: Collection[str] = (),
     verify: bool = True,
 ) -> Captured:
     """Export ``model`` for the signature of ``spec``.
 
-    ``tensors`` are example values in the order of ``spec.names``. Raises CaptureError when the model cannot be traced
+    ``tensors`` are example values in the order of ``spec.names``; those named in ``weights`` become parameters of the
+    Program instead of inputs (a graph from Dynamo takes its weights as arguments). Raises CaptureError when the model cannot be traced
     (with the model's own line) or when the graph does not compute what the model computes on a derived input.
     """
     twin = shared_copy(model).eval()
@@ -185,7 +199,7 @@ def capture(
             "for ever. Make it an input of forward."
         )
     packing = flat.packing
-    program = _program(model, exported, spec, tensors, roles)
+    program = _program(model, exported, spec, tensors, roles or {}, weights)
 
     def pack(values: Sequence[Tensor]) -> Any:
         rest = iter(values)
@@ -222,18 +236,26 @@ def _explain(model: nn.Module, error: Exception) -> str:
 
 
 def _program(
-    model: nn.Module, exported: Any, spec: CallSpec, tensors: Sequence[Tensor], roles: Mapping[str, Role] | None
+    model: nn.Module,
+    exported: Any,
+    spec: CallSpec,
+    tensors: Sequence[Tensor],
+    roles: Mapping[str, Role],
+    weights: Collection[str],
 ) -> Program:
     live = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     graph, values = fx.Graph(), {}
     params: dict[str, Tensor] = {}
-    names = iter(spec.names)
+    given = iter(zip(spec.names, tensors, strict=True))
     placeholders: list[tuple[fx.Node, Formal]] = []
     by_name = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
     for item in exported.graph_signature.input_specs:
         node = by_name[item.arg.name]
         if item.kind is InputKind.USER_INPUT:
-            what = Formal("input", next(names))
+            name, value = next(given)
+            what = Formal("param" if name in weights else "input", name)
+            if name in weights:
+                params[name] = value
         elif item.kind in (InputKind.PARAMETER, InputKind.BUFFER) and item.target.removeprefix("model.") in live:
             name = item.target.removeprefix("model.")
             params[name] = live[name]
@@ -275,8 +297,9 @@ def _program(
             )
         results.append(values[node])
     graph.output(tuple(results))
-    found = role_rules.infer(list(zip(spec.names, tensors, strict=True)), [r.meta["val"] for r in results], roles)
-    inputs = tuple(Input(n, r, TensorType.of(t)) for n, r, t in zip(spec.names, found, tensors, strict=True))
+    free = [(n, t) for n, t in zip(spec.names, tensors, strict=True) if n not in weights]
+    found = role_rules.infer(free, [r.meta["val"] for r in results], roles)
+    inputs = tuple(Input(n, r, TensorType.of(t)) for (n, t), r in zip(free, found, strict=True))
     used = {n.meta["formal"].ref for n in graph.nodes if n.op == "placeholder" and n.meta["formal"].kind == "param"}
     program = Program(
         functions={"step": Function("step", graph)},
@@ -285,8 +308,6 @@ def _program(
         inputs=inputs,
         outputs=tuple(f"out{i}" for i in range(len(results))),
     )
-    from ditopt.ir.edit import drop_dead
-
     return program.replace(functions={"step": drop_dead(program.step, "capture")})
 
 
@@ -326,11 +347,11 @@ def derive(inputs: Sequence[Input], tensors: Sequence[Tensor]) -> list[Tensor]:
 def _check(model: nn.Module, captured: Captured, tensors: Sequence[Tensor]) -> None:
     """Raise CaptureError where the graph and the model differ on a derived input."""
     program = captured.program
-    second = derive(program.inputs, tensors)
+    by_name = dict(zip(captured.spec.names, tensors, strict=True))
+    by_name |= zip((i.name for i in program.inputs), derive(program.inputs, [by_name[i.name] for i in program.inputs]), strict=True)
     flat = _Flat(model, captured.spec)
     with torch.no_grad():
-        want = flat(*second)
-        by_name = dict(zip(captured.spec.names, second, strict=True))
+        want = flat(*(by_name[name] for name in captured.spec.names))
         module = program.module()
         args = []
         for p in program.step.placeholders:

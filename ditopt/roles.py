@@ -31,6 +31,11 @@ def clean(name: str) -> str:
     return re.sub(r"_+", "_", re.sub(r"^l_(kwargs_|args_|self_)?", "", word)).strip("_")
 
 
+def is_time(name: str) -> bool:
+    """Whether an argument of this name is a time of the loop."""
+    return _TIME.search(clean(name)) is not None
+
+
 def infer(inputs: Sequence[tuple[str, Tensor]], outputs: Sequence[Tensor], overrides: Mapping[str, Role] | None = None) -> list[Role]:
     """A role for each (name, tensor). ``overrides`` maps input names to roles; an unknown name or role is BadInput."""
     names = [name for name, _ in inputs]
@@ -58,7 +63,7 @@ def infer(inputs: Sequence[tuple[str, Tensor]], outputs: Sequence[Tensor], overr
 
 def _by_name(name: str, value: Tensor) -> Role | None:
     word = clean(name)
-    if _TIME.search(word):
+    if is_time(name):
         return "timestep"
     if _LATENT.search(word) and not re.search(r"encoder|text|txt|prompt|caption", word):
         return "latent"

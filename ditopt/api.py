@@ -1,0 +1,190 @@
+"""What users call: optimize, restore, explain, export_onnx, save, load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditopt.artifact import Manifest, Plan, read_manifest, to_json
+from ditopt.capture import bind, capture
+from ditopt.codegen.build import build, describe, export
+from ditopt.codegen.lower import lower, lower_memos
+from ditopt.engine import Compiled, Engine, describe_for, schedule_of
+from ditopt.errors import ArtifactError, BadInput, require
+from ditopt.ir.parse import parse_program
+from ditopt.ir.program import Role
+from ditopt.ir.text import print_program
+from ditopt.ir.verify import verify
+from ditopt.optimized import OptimizedModule
+from ditopt.pipeline import Context, PassManager
+from ditopt.recipe import Recipe
+from ditopt.runtime.load import LoadedModel, load_onnx
+from ditopt.target import resolve
+
+Examples = Mapping[str, Any] | Sequence[Any]
+
+
+def optimize(
+    model: Any,
+    recipe: Recipe | str = "lossless",
+    *,
+    example_inputs: Examples | None = None,
+    steps: int | None = None,
+    target: str = "auto",
+    roles: Mapping[str, Role] | None = None,
+) -> Any:
+    """A faster drop-in for a denoiser, or a diffusers pipeline with its denoiser replaced.
+
+    model: an ``nn.Module`` (returns an ``OptimizedModule``), or a diffusers pipeline (returned itself, changed in place;
+        ``restore`` undoes it).
+    recipe: a name from ``ditopt recipes``, a line such as ``"taylorseer{interval=4,order=2}"``, a ``Recipe``, a path.
+    example_inputs: a dict of keyword arguments or a tuple; left out, capture happens at the first call.
+    steps: denoising steps of a request, for recipes that schedule by them; a pipeline knows its own.
+    target: "auto" (Inductor where it can run, else eager), "eager", "inductor" or "onnxruntime".
+    roles: what inputs are to the loop, by name ("latent", "timestep", "prompt", "shape"), where the names mislead.
+
+    The model is not modified. Raises RecipeError, CaptureError or BadInput; after any error the model is as it was.
+    """
+    if isinstance(model, OptimizedModule):
+        raise BadInput("this model is optimized already; ditopt.restore(model) gives the original to start from")
+    if _is_pipeline(model):
+        from ditopt.diffusers import optimize_pipeline
+
+        return optimize_pipeline(model, recipe, example_inputs=example_inputs, steps=steps, target=target, roles=roles)
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"a {type(model).__name__} was given; ditopt optimizes an nn.Module or a diffusers pipeline")
+    engine = Engine(model, recipe, target, steps, roles)
+    if example_inputs is not None:
+        args, kwargs = _split(example_inputs)
+        engine.prepare(*bind(model, args, kwargs))
+    return OptimizedModule(engine)
+
+
+def restore(optimized: Any) -> Any:
+    """The original model of an optimized one; a pipeline gets its denoiser and its scheduler's own methods back."""
+    if isinstance(optimized, OptimizedModule):
+        return optimized.original
+    if _is_pipeline(optimized):
+        from ditopt.diffusers import restore_pipeline
+
+        return restore_pipeline(optimized)
+    raise BadInput(f"a {type(optimized).__name__} was given; expected what ditopt.optimize returned")
+
+
+def explain(
+    model: nn.Module,
+    recipe: Recipe | str = "lossless",
+    *,
+    example_inputs: Examples,
+    steps: int | None = None,
+    target: str = "auto",
+    roles: Mapping[str, Role] | None = None,
+) -> str:
+    """Structure, binding times and costs of a model, and what each pass of ``recipe`` would do and why not."""
+    from ditopt.explain import explanation
+
+    original = restore(model) if isinstance(model, OptimizedModule) else model
+    args, kwargs = _split(example_inputs)
+    captured = capture(original, *bind(original, args, kwargs), roles)
+    name = resolve(target, next((p.device for p in original.parameters()), torch.device("cpu")))
+    history = PassManager(recipe, Context(name, steps)).run(captured.program)
+    return explanation(captured.program, history, name)
+
+
+def export_onnx(
+    model: Any,
+    path: str | Path,
+    recipe: Recipe | str = "lossless",
+    *,
+    example_inputs: Examples | None = None,
+    steps: int | None = None,
+    timesteps: Sequence[float] | Tensor | None = None,
+    roles: Mapping[str, Role] | None = None,
+) -> Manifest:
+    """Write the optimized model as ONNX files beside ``path`` (which ends in .onnx) and a manifest; returns the latter.
+
+    Caches are inputs and outputs of the graphs; the manifest holds the schedule, so a recipe that caches needs
+    ``steps`` (or ``timesteps``, which a predictor in the model's time needs). An OptimizedModule exports what it runs.
+    """
+    captured, history, used = _programs(model, recipe, example_inputs, steps, roles)
+    program = history[-1].program if history else captured.program
+    times = [float(t) for t in timesteps] if timesteps is not None else None
+    if times is not None and steps is not None and len(times) != steps:
+        raise BadInput(f"steps={steps} and {len(times)} timesteps given; they must agree")
+    count = steps or (len(times) if times else None) or (model.engine.steps if isinstance(model, OptimizedModule) else None)
+    if program.decisions and count is None:
+        raise BadInput(f"recipe {str(used)!r} schedules steps, so the export must know how many: pass steps=")
+    more = describe_for(captured, history, used, count)
+    lowered = describe(program, lower(program), lower_memos(program), **more)
+    schedule = schedule_of(program, lowered, count, times) if program.decisions and count else None
+    return export(program, Path(path), schedule, **more)
+
+
+def save(model: OptimizedModule, path: str | Path) -> Path:
+    """Write an optimized model as a folder of data: its Program as text, its weights, its manifest."""
+    if not isinstance(model, OptimizedModule):
+        raise BadInput(f"a {type(model).__name__} was given; save takes what ditopt.optimize returned")
+    compiled: Compiled = model.compiled
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    program = compiled.program
+    safetensors = require("safetensors.torch", None)
+    safetensors.save_file({k: v.detach().cpu().contiguous().clone() for k, v in program.params.items()}, folder / "weights.safetensors")
+    (folder / "program.py.txt").write_text(print_program(program))
+    (folder / "manifest.json").write_text(to_json(compiled.plan.manifest))
+    return folder
+
+
+def load(path: str | Path, *, target: str = "auto") -> LoadedModel:
+    """A model that ``save`` or ``export_onnx`` wrote. ArtifactError where something is missing or damaged.
+
+    An ONNX artifact needs neither ditopt's passes, its code generators, diffusers nor the model's class; a saved folder
+    is compiled for ``target`` when it is loaded. No code from an artifact runs.
+    """
+    folder = Path(path)
+    if not (folder / "manifest.json").is_file():
+        if folder.is_dir():
+            raise ArtifactError(f"{folder} holds no manifest.json; give the folder that ditopt.save wrote")
+        return load_onnx(folder)
+    manifest = read_manifest(folder / "manifest.json")
+    try:
+        tensors = require("safetensors.torch", None).load_file(folder / "weights.safetensors")
+        program = parse_program((folder / "program.py.txt").read_text(), tensors)
+        verify(program)
+    except Exception as error:
+        raise ArtifactError(f"{folder} is damaged ({error}); save the model again") from error
+    name = resolve(target, torch.device("cpu"))
+    if name == "onnxruntime":
+        raise BadInput("a saved folder runs on eager or inductor; for onnxruntime use export_onnx and load its .onnx")
+    fields = ("recipe", "structure", "steps", "full_flops", "full_block_flops", "extra")
+    made, run = build(program, name, **{f: getattr(manifest, f) for f in fields})
+    return LoadedModel(Plan(made, run, lambda: program.params), str(folder))
+
+
+def _programs(model: Any, recipe: Recipe | str, example: Examples | None, steps: int | None, roles: Mapping[str, Role] | None) -> Any:
+    if isinstance(model, OptimizedModule):
+        return model.compiled.captured, model.history, model.engine.recipe
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"a {type(model).__name__} was given; export takes an nn.Module, such as the pipeline's denoiser")
+    if example is None:
+        raise BadInput("export needs example_inputs: a dict of keyword arguments or a tuple, as the model is called")
+    args, kwargs = _split(example)
+    captured = capture(model, *bind(model, args, kwargs), roles)
+    used = Recipe.parse(recipe)
+    return captured, PassManager(used, Context("onnxruntime", steps)).run(captured.program), used
+
+
+def _split(example: Examples) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    if isinstance(example, Mapping):
+        return (), example
+    if isinstance(example, (tuple, list)):
+        return example, {}
+    raise BadInput(f"example_inputs is a {type(example).__name__}; expected a dict of keyword arguments or a tuple")
+
+
+def _is_pipeline(model: object) -> bool:
+    return not isinstance(model, nn.Module) and hasattr(model, "components") and hasattr(model, "scheduler")

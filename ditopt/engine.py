@@ -1,0 +1,231 @@
+"""The engine behind every road: captures a signature at its first call, rewrites, builds, and runs it in a Session.
+
+``optimize`` wraps an Engine in a module, the torch.compile backend hands one to Dynamo; both run the same passes and
+keep the same reports.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditopt.artifact import Executable, Manifest, Plan
+from ditopt.capture import CallSpec, Captured, bind, capture
+from ditopt.codegen.build import build, export
+from ditopt.errors import BadInput, DitoptWarning, SessionError
+from ditopt.ir.cost import step_flops
+from ditopt.ir.program import Program, Role
+from ditopt.pipeline import Context, PassManager, PassResult
+from ditopt.recipe import Recipe
+from ditopt.runtime.load import load_onnx
+from ditopt.runtime.policy import table
+from ditopt.runtime.session import Session
+from ditopt.target import resolve
+
+SIGNATURES = 4
+"""Captured signatures that an Engine keeps; the least recently used gives way."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One signature of a model, ready to run: what was captured, what each pass did, and the Plan."""
+
+    captured: Captured
+    history: tuple[PassResult, ...]
+    plan: Plan
+
+    @property
+    def program(self) -> Program:
+        """The final Program."""
+        return self.history[-1].program if self.history else self.captured.program
+
+
+class Engine:
+    """Runs ``model`` by ``recipe``. ``weights`` names arguments that are weights (see ``capture``)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe | str,
+        target: str = "auto",
+        steps: int | None = None,
+        roles: Mapping[str, Role] | None = None,
+        weights: Collection[str] = (),
+    ) -> None:
+        if steps is not None and steps < 1:
+            raise BadInput(f"steps={steps} given; expected the number of denoising steps, 1 or more, or None")
+        self.model = model
+        self.recipe = Recipe.parse(recipe)
+        self.steps = steps
+        self.roles = dict(roles or {})
+        self.weights = frozenset(weights)
+        self.session = Session()
+        self.target = resolve(target, _place(model)[1])
+        self.compiled: OrderedDict[Any, Compiled] = OrderedDict()
+        self._given: dict[str, Tensor] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="ditopt-") if self.target == "onnxruntime" else None
+        self._place = _place(model)
+        self._modules: list[int] | None = None
+
+    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """One step of the model, by its own calling convention."""
+        self._check()
+        spec, tensors = bind(self.model, args, kwargs)
+        compiled = self.prepare(spec, tensors)
+        if self.weights:
+            self._given = {n: t for n, t in zip(spec.names, tensors, strict=True) if n in self.weights}
+            tensors = [t for n, t in zip(spec.names, tensors, strict=True) if n not in self.weights]
+        return compiled.captured.pack(self.session.call(compiled.plan, tensors))
+
+    def prepare(self, spec: CallSpec, tensors: Sequence[Tensor]) -> Compiled:
+        """The compiled signature of a call; captured and rewritten the first time."""
+        found = self.compiled.get(spec.key)
+        if found is None:
+            found = self._compile(capture(self.model, spec, tensors, self.roles, self.weights))
+            self._modules = self._modules or self._structure()
+            if len(self.compiled) >= SIGNATURES:
+                _, oldest = self.compiled.popitem(last=False)
+                self.session.forget(oldest.plan)
+            self.compiled[spec.key] = found
+        self.compiled.move_to_end(spec.key)
+        return found
+
+    @property
+    def last(self) -> Compiled | None:
+        """The signature used last."""
+        return next(reversed(self.compiled.values()), None)
+
+    def refresh(self) -> None:
+        """Forget every signature, memo and state: the next call captures the model again."""
+        self.session.reset()
+        self.session.forget()
+        self.compiled.clear()
+        self._modules, self._place = None, _place(self.model)
+
+    def _compile(self, captured: Captured) -> Compiled:
+        recipe = self.recipe
+        if not any(i.role == "timestep" for i in captured.program.inputs):
+            recipe = Recipe.parse("canonicalize, outline_blocks")
+            warnings.warn(
+                "this graph has no timestep input, so nothing can be kept from step to step: only local passes run. "
+                "Where the graph is a part of a model that Dynamo broke, use ditopt.optimize; where the timestep has "
+                "another name, pass roles={'<name>': 'timestep'}",
+                DitoptWarning,
+                stacklevel=4,
+            )
+        history = tuple(PassManager(recipe, Context(self.target, self.steps)).run(captured.program))
+        _complain(history)
+        program = history[-1].program if history else captured.program
+        more = describe_for(captured, history, self.recipe, self.steps)
+        if self.target == "onnxruntime":
+            assert self._folder is not None
+            path = Path(self._folder.name) / f"signature{len(list(Path(self._folder.name).glob('*.json')))}.onnx"
+            export(program, path, None, **more)
+            return Compiled(captured, history, load_onnx(path, self.session).plan)
+        manifest, run = build(program, self.target, **more)
+        return Compiled(captured, history, self._plan(manifest, run, program))
+
+    def _plan(self, manifest: Manifest, run: Mapping[str, Executable], program: Program) -> Plan:
+        return Plan(manifest, run, self._weights_of(program))
+
+    def _weights_of(self, program: Program) -> Callable[[], Mapping[str, Tensor]]:
+        """The weights by name as they are now: looked up in the live model, so that an exchanged parameter is seen."""
+        if self.weights:
+            return lambda: {**program.params, **self._given}
+        fixed: dict[str, Tensor] = {}
+        live: list[tuple[str, dict[str, Any], str]] = []
+        for name, tensor in program.params.items():
+            path, _, leaf = name.rpartition(".")
+            try:
+                owner = self.model.get_submodule(path)
+            except AttributeError:
+                owner = None
+            home = next((d for d in (owner._parameters, owner._buffers) if d.get(leaf) is tensor), None) if owner else None
+            if home is None:
+                fixed[name] = tensor
+            else:
+                live.append((name, home, leaf))
+        return lambda: {**fixed, **{name: home[leaf] for name, home, leaf in live}}
+
+    def _structure(self) -> list[int]:
+        return [id(m) for m in self.model.modules()]
+
+    def _check(self) -> None:
+        if self.weights:
+            return  # Dynamo guards the module it traced
+        if self._modules is not None and self._structure() != self._modules:
+            raise SessionError(
+                "the model's modules were exchanged after optimize (an adapter was loaded or unloaded?); call "
+                "ditopt.optimize again, or refresh() to capture it as it is now"
+            )
+        if self.compiled and _place(self.model) != self._place:
+            (old_dtype, old_device), (dtype, device) = self._place, _place(self.model)
+            raise SessionError(
+                f"the model was optimized as {old_dtype} on {old_device} and is now {dtype} on {device}; call "
+                "ditopt.optimize again, or move it back"
+            )
+        if not self.compiled:
+            self._place = _place(self.model)
+
+
+def _place(model: nn.Module) -> tuple[torch.dtype, torch.device]:
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return (first.dtype, first.device) if first is not None else (torch.float32, torch.device("cpu"))
+
+
+def _complain(history: Sequence[PassResult]) -> None:
+    """Warn where something that was asked for has no effect."""
+    idle = [r for r in history if r.asked and not r.applied]
+    everything = bool(history) and len(idle) == len([r for r in history if r.asked])
+    for result in idle:
+        from ditopt.pipeline import get
+
+        if everything or get(result.name).contract == "approximate":
+            warnings.warn(f"{result.text} changed nothing: {'; '.join(result.refused)}", DitoptWarning, stacklevel=5)
+
+
+def describe_for(captured: Captured, history: Sequence[PassResult], recipe: Recipe, steps: int | None) -> dict[str, Any]:
+    """Manifest fields that the lowering does not know."""
+    plain = next((r.program for r in history if r.program.blocks()), captured.program)
+    total, blocks = step_flops(plain)
+    final = history[-1].program if history else captured.program
+    return {
+        "recipe": str(recipe),
+        "structure": captured.structure if captured.structure != "single" else "tuple",
+        "steps": (steps or 0) if final.decisions else 0,
+        "full_flops": total,
+        "full_block_flops": blocks,
+        "extra": {"signature": list(captured.spec.arguments), "constants": _constants(captured.spec)},
+    }
+
+
+def _constants(spec: CallSpec) -> dict[str, Any]:
+    """What the capture saw for arguments that are no tensors, where JSON can hold it."""
+    out = {}
+    for name, value in spec.static_items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            continue
+        if value is not None and name != "return_dict":
+            out[name] = value
+    return out
+
+
+def schedule_of(program: Program, manifest: Manifest, steps: int, timesteps: Sequence[float] | None) -> list[dict[str, Any]]:
+    """The static schedule as data: for each step the graph to run and the predictors' coefficients."""
+    rows = []
+    for row in table(program.decisions, steps, timesteps, manifest.graphs):
+        graph = next(g for g in manifest.graphs if dict(g.choices) == dict(row.choices))
+        weights = {d.weights: list(row.weights[d.name]) for d in program.decisions if d.weights}
+        rows.append({"graph": graph.name, "weights": weights})
+    return rows

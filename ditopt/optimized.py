@@ -1,0 +1,126 @@
+"""The module that ``optimize`` returns: it stands where the model stood, and every step goes through the engine."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditopt.engine import Compiled, Engine
+from ditopt.errors import BadInput, DitoptWarning
+from ditopt.ir.program import Program
+from ditopt.pipeline import PassResult
+from ditopt.runtime.account import Row, Stats
+from ditopt.runtime.session import Session
+
+_WHY = "ditopt.optimize compiles by itself: a step counter or a timestep read inside a traced forward would recompile each step"
+
+
+class OptimizedModule(nn.Module):
+    """A drop-in for the model: same weights (shared, not copied), same attributes, same calling convention.
+
+    ``history`` lists what each pass did, ``stats`` what ran. ``original`` is the model itself, untouched. Gradients are
+    not recorded. Steps, requests and guidance branches are recognised as ARCHITECTURE describes: from the scheduler of
+    a pipeline, from ``session(steps=...)``, else from the timesteps and prompts of the calls.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        model = engine.model
+        # one set of weights: modules, parameters and buffers are the model's own dictionaries
+        for shared in ("_modules", "_parameters", "_buffers"):
+            self.__dict__[shared] = model.__dict__[shared]
+        self.__dict__["training"] = False
+        self.__dict__["original"] = model
+        self.__dict__["engine"] = engine
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["original"], name)
+
+    @torch.compiler.disable(recursive=True, reason=_WHY)  # type: ignore[misc]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """One step, with the arguments and the return type of the model's own forward."""
+        return self.engine(args, kwargs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Nothing to do: says so."""
+        warnings.warn(f"compile() has no effect here. {_WHY}", DitoptWarning, stacklevel=2)
+
+    def train(self, mode: bool = True) -> OptimizedModule:
+        """An optimized model only runs inference; BadInput for ``mode=True``."""
+        if mode:
+            raise BadInput("an optimized model cannot be trained; train the original (ditopt.restore gives it back)")
+        return self
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    def session(
+        self, steps: int | None = None, timesteps: Sequence[float] | Tensor | None = None
+    ) -> AbstractContextManager[Session]:
+        """The calls inside ``with fast.session(steps=50):`` are one request."""
+        return self.engine.session.open(steps, timesteps)
+
+    def reset(self) -> None:
+        """What follows is a new request."""
+        self.engine.session.reset()
+
+    def refresh(self) -> None:
+        """Capture the model again at the next call (after its modules were exchanged)."""
+        self.engine.refresh()
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Calls inside belong to the guidance branch ``name``; the model's own cache context is entered too."""
+        with ExitStack() as stack:
+            own = getattr(self.original, "cache_context", None)
+            if own is not None:
+                stack.enter_context(own(name))
+            stack.enter_context(self.engine.session.context(name))
+            yield
+
+    # -- what happened ---------------------------------------------------------------------------------------------
+
+    @property
+    def compiled(self) -> Compiled:
+        """The signature used last; BadInput before the first call without example inputs."""
+        last = self.engine.last
+        if last is None:
+            raise BadInput("nothing is captured yet: pass example_inputs to ditopt.optimize, or call the model once")
+        return last
+
+    @property
+    def history(self) -> tuple[PassResult, ...]:
+        """What each pass did to the signature used last."""
+        return self.compiled.history
+
+    @property
+    def program(self) -> Program:
+        """The final Program of the signature used last."""
+        return self.compiled.program
+
+    @property
+    def stats(self) -> Stats:
+        """Calls, reuses and executed FLOPs since optimize."""
+        return self.engine.session.stats
+
+    @property
+    def schedule_rows(self) -> list[Row]:
+        """What ran in the running, else in the last request."""
+        return self.engine.session.schedule_rows
+
+    def report(self, path: str | Path) -> Path:
+        """Write a self-contained HTML page of passes, schedule, costs and refusals; its path."""
+        from ditopt.report import write
+
+        return write(self, Path(path))
+
+    def __repr__(self) -> str:
+        return f"OptimizedModule({type(self.original).__name__}, recipe={str(self.engine.recipe)!r}, target={self.engine.target!r})"
