@@ -200,7 +200,7 @@ def describe_for(captured: Captured, history: Sequence[PassResult], recipe: Reci
     final = history[-1].program if history else captured.program
     return {
         "recipe": str(recipe),
-        "structure": captured.structure if captured.structure != "single" else "tuple",
+        "structure": captured.structure,
         "steps": (steps or 0) if final.decisions else 0,
         "full_flops": total,
         "full_block_flops": blocks,
