@@ -57,7 +57,9 @@ def lower_memos(program: Program) -> list[Lowered]:
     out = []
     for memo in program.memos:
         function = program.functions[memo.function]
-        alone = prune(program.replace(functions=dict(program.functions), entry=memo.function, state=(), decisions=(), memos=()))
+        alone = prune(
+            program.replace(functions=dict(program.functions), entry=memo.function, state=(), decisions=(), memos=())
+        )
         inputs = tuple(formal(p) for p in function.placeholders)
         cost = function_flops(program, function)
         out.append(Lowered(StepGraph(memo.function, {}, inputs, len(memo.values), flops=cost), alone))
@@ -130,7 +132,11 @@ def _trim_calls(program: Program) -> Program:
                 _recall(e, e[call], program.functions[callee(call)], bodies[callee(call)], sorted(live[callee(call)]))
         gone = e.drop_dead(formals=False)
     out = prune(program.replace(functions={**program.functions, **bodies, program.entry: e.function()}))
-    return _trim_calls(out) if gone and any(len(bodies[k].results) != len(program.functions[k].results) for k in bodies) else out
+    return (
+        _trim_calls(out)
+        if gone and any(len(bodies[k].results) != len(program.functions[k].results) for k in bodies)
+        else out
+    )
 
 
 def _erased(node: fx.Node) -> bool:

@@ -115,7 +115,9 @@ def export_onnx(
     times = [float(t) for t in timesteps] if timesteps is not None else None
     if times is not None and steps is not None and len(times) != steps:
         raise BadInput(f"steps={steps} and {len(times)} timesteps given; they must agree")
-    count = steps or (len(times) if times else None) or (model.engine.steps if isinstance(model, OptimizedModule) else None)
+    count = (
+        steps or (len(times) if times else None) or (model.engine.steps if isinstance(model, OptimizedModule) else None)
+    )
     if program.decisions and count is None:
         raise BadInput(f"recipe {str(used)!r} schedules steps, so the export must know how many: pass steps=")
     more = describe_for(captured, history, used, count)
@@ -133,7 +135,9 @@ def save(model: OptimizedModule, path: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     program = compiled.program
     safetensors = require("safetensors.torch", None)
-    safetensors.save_file({k: v.detach().cpu().contiguous().clone() for k, v in program.params.items()}, folder / "weights.safetensors")
+    safetensors.save_file(
+        {k: v.detach().cpu().contiguous().clone() for k, v in program.params.items()}, folder / "weights.safetensors"
+    )
     (folder / "program.py.txt").write_text(print_program(program))
     (folder / "manifest.json").write_text(to_json(compiled.plan.manifest))
     return folder
@@ -165,11 +169,15 @@ def load(path: str | Path, *, target: str = "auto") -> LoadedModel:
     return LoadedModel(Plan(made, run, lambda: program.params), str(folder))
 
 
-def _programs(model: Any, recipe: Recipe | str, example: Examples | None, steps: int | None, roles: Mapping[str, Role] | None) -> Any:
+def _programs(
+    model: Any, recipe: Recipe | str, example: Examples | None, steps: int | None, roles: Mapping[str, Role] | None
+) -> Any:
     if isinstance(model, OptimizedModule):
         return model.compiled.captured, model.history, model.engine.recipe
     if not isinstance(model, nn.Module):
-        raise BadInput(f"a {type(model).__name__} was given; export takes an nn.Module, such as the pipeline's denoiser")
+        raise BadInput(
+            f"a {type(model).__name__} was given; export takes an nn.Module, such as the pipeline's denoiser"
+        )
     if example is None:
         raise BadInput("export needs example_inputs: a dict of keyword arguments or a tuple, as the model is called")
     args, kwargs = _split(example)

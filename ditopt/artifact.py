@@ -114,7 +114,9 @@ def from_json(text: str, where: str = "manifest") -> Manifest:
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ArtifactError(f"{where} is not a ditopt manifest ({error!r}); export the model again") from error
     if version != VERSION:
-        raise ArtifactError(f"{where} has artifact version {version}, this ditopt reads version {VERSION}; export the model again")
+        raise ArtifactError(
+            f"{where} has artifact version {version}, this ditopt reads version {VERSION}; export the model again"
+        )
     try:
         return _manifest(data)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

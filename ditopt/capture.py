@@ -77,7 +77,10 @@ def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tu
         else:
             arguments[name] = value
     leaves, tree = pytree.tree_flatten_with_path(arguments)
-    names, positions, statics, tensors = [], [], [], []
+    names: list[str] = []
+    positions: list[int] = []
+    statics: list[Any] = []
+    tensors: list[Tensor] = []
     key: list[Any] = [tree]
     for i, (path, leaf) in enumerate(leaves):
         name = _dotted(path)
@@ -98,7 +101,9 @@ def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tu
                 "nested tuples, lists and dicts of them"
             )
     labels = tuple(_dotted(path) for path, _ in leaves)
-    spec = CallSpec(tuple(key), tuple(names), tuple(positions), tuple(statics), tree, tuple(signature.parameters), labels)
+    spec = CallSpec(
+        tuple(key), tuple(names), tuple(positions), tuple(statics), tree, tuple(signature.parameters), labels
+    )
     return spec, tensors
 
 
@@ -147,7 +152,9 @@ class _Flat(nn.Module):
         leaves, tree = pytree.tree_flatten(out)
         self.packing.marks = [(isinstance(leaf, Tensor), None if isinstance(leaf, Tensor) else leaf) for leaf in leaves]
         self.packing.tree = tree
-        self.packing.structure = tuple(out) if isinstance(out, dict) else "single" if isinstance(out, Tensor) else "tuple"
+        self.packing.structure = (
+            tuple(out) if isinstance(out, dict) else "single" if isinstance(out, Tensor) else "tuple"
+        )
         return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
@@ -203,7 +210,9 @@ def capture(
 
     def pack(values: Sequence[Tensor]) -> Any:
         rest = iter(values)
-        return pytree.tree_unflatten([next(rest) if is_tensor else static for is_tensor, static in packing.marks], packing.tree)
+        return pytree.tree_unflatten(
+            [next(rest) if is_tensor else static for is_tensor, static in packing.marks], packing.tree
+        )
 
     captured = Captured(program, spec, pack, packing.structure)
     if verify and not any(is_fake(t) for t in [*tensors, *program.params.values()]):
@@ -279,14 +288,18 @@ def _program(
             if str(node.target).startswith("aten._assert"):
                 continue
             if not isinstance(node.target, OpOverload) and getattr(node.target, "__name__", "") != "getitem":
-                raise CaptureError(f"{type(model).__name__} uses {node.target}, a higher-order operator that ditopt cannot rewrite yet")
+                raise CaptureError(
+                    f"{type(model).__name__} uses {node.target}, a higher-order operator that ditopt cannot rewrite yet"
+                )
             new = graph.node_copy(node, values.__getitem__)
             new.meta = {"val": node.meta["val"], "region": "", "origin": "capture", "path": _path(node)}
             if isinstance(new.meta["val"], list):
                 new.meta["val"] = tuple(new.meta["val"])
             values[node] = new
         elif node.op == "get_attr":
-            raise CaptureError(f"{type(model).__name__} uses {node.target}, a higher-order region that ditopt cannot rewrite yet")
+            raise CaptureError(
+                f"{type(model).__name__} uses {node.target}, a higher-order region that ditopt cannot rewrite yet"
+            )
     results = []
     outputs = exported.graph.output_node().args[0]
     for item, node in zip(exported.graph_signature.output_specs, outputs, strict=True):
@@ -348,7 +361,9 @@ def _check(model: nn.Module, captured: Captured, tensors: Sequence[Tensor]) -> N
     """Raise CaptureError where the graph and the model differ on a derived input."""
     program = captured.program
     by_name = dict(zip(captured.spec.names, tensors, strict=True))
-    by_name |= zip((i.name for i in program.inputs), derive(program.inputs, [by_name[i.name] for i in program.inputs]), strict=True)
+    by_name |= zip(
+        (i.name for i in program.inputs), derive(program.inputs, [by_name[i.name] for i in program.inputs]), strict=True
+    )
     flat = _Flat(model, captured.spec)
     with torch.no_grad():
         want = flat(*(by_name[name] for name in captured.spec.names))
@@ -360,7 +375,9 @@ def _check(model: nn.Module, captured: Captured, tensors: Sequence[Tensor]) -> N
         got = module(*args)
     for name, a, b in zip(program.outputs, want, got, strict=True):
         if a.shape != b.shape:
-            raise CaptureError(f"the graph of {type(model).__name__} gives {name} the shape {list(b.shape)}, the model {list(a.shape)}, on a second input")
+            raise CaptureError(
+                f"the graph of {type(model).__name__} gives {name} the shape {list(b.shape)}, the model {list(a.shape)}, on a second input"
+            )
         if not torch.isfinite(a.float()).all():
             continue  # the derived input left the model's domain: it says nothing about the graph
         error = (a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-12)

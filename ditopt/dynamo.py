@@ -33,7 +33,9 @@ def backend(
         if name not in OPTIONS:
             raise BadInput(f"torch.compile option {name!r} is unknown to ditopt; {suggest(name, OPTIONS)}")
     names = [n.target for n in graph.graph.nodes if n.op == "placeholder"]
-    weights = [n for n, v in zip(names, example_inputs, strict=True) if isinstance(v, nn.Parameter) or _is_stored(str(n))]
+    weights = [
+        n for n, v in zip(names, example_inputs, strict=True) if isinstance(v, nn.Parameter) or _is_stored(str(n))
+    ]
     plain = fx.GraphModule(graph, graph.graph)  # Dynamo's own subclass hides the names of its arguments
     engine = Engine(plain, given.pop("recipe", "lossless"), weights=[str(w) for w in weights], **given)
     engines.append(engine)

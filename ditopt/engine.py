@@ -149,7 +149,9 @@ class Engine:
                 owner = self.model.get_submodule(path)
             except AttributeError:
                 owner = None
-            home = next((d for d in (owner._parameters, owner._buffers) if d.get(leaf) is tensor), None) if owner else None
+            home = (
+                next((d for d in (owner._parameters, owner._buffers) if d.get(leaf) is tensor), None) if owner else None
+            )
             if home is None:
                 fixed[name] = tensor
             else:
@@ -193,7 +195,9 @@ def _complain(history: Sequence[PassResult]) -> None:
             warnings.warn(f"{result.text} changed nothing: {'; '.join(result.refused)}", DitoptWarning, stacklevel=5)
 
 
-def describe_for(captured: Captured, history: Sequence[PassResult], recipe: Recipe, steps: int | None) -> dict[str, Any]:
+def describe_for(
+    captured: Captured, history: Sequence[PassResult], recipe: Recipe, steps: int | None
+) -> dict[str, Any]:
     """Manifest fields that the lowering does not know."""
     plain = next((r.program for r in history if r.program.blocks()), captured.program)
     total, blocks = step_flops(plain)
@@ -221,7 +225,9 @@ def _constants(spec: CallSpec) -> dict[str, Any]:
     return out
 
 
-def schedule_of(program: Program, manifest: Manifest, steps: int, timesteps: Sequence[float] | None) -> list[dict[str, Any]]:
+def schedule_of(
+    program: Program, manifest: Manifest, steps: int, timesteps: Sequence[float] | None
+) -> list[dict[str, Any]]:
     """The static schedule as data: for each step the graph to run and the predictors' coefficients."""
     rows = []
     for row in table(program.decisions, steps, timesteps, manifest.graphs):

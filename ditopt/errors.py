@@ -64,4 +64,6 @@ def require(module: str, extra: str | None) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         line = f"pip install 'ditopt[{extra}]'" if extra else f"pip install {module.split('.')[0]}"
-        raise MissingExtra(f"{module.split('.')[0]} is needed here and is not installed ({error}); run: {line}") from error
+        raise MissingExtra(
+            f"{module.split('.')[0]} is needed here and is not installed ({error}); run: {line}"
+        ) from error

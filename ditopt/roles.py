@@ -17,11 +17,15 @@ from ditopt.errors import BadInput
 from ditopt.ir.program import Role
 
 _TIME = re.compile(r"(^|_)(t|ts|r|time|times|timestep|timesteps|sigma|sigmas|noise_level|noise_labels)$")
-_SHAPE = re.compile(r"(^|_)(ids|pos|position|positions|rope|rotary|rotary_emb|freqs|coords|grid|sizes?|shapes?|fps|resolution|aspect_ratio)(_|$)")
+_SHAPE = re.compile(
+    r"(^|_)(ids|pos|position|positions|rope|rotary|rotary_emb|freqs|coords|grid|sizes?|shapes?|fps|resolution|aspect_ratio)(_|$)"
+)
 _PROMPT = re.compile(
     r"(^|_)(encoder|context|ctx|text|txt|prompt|caption|cap|cond|c|y|class|classes|label|labels|pooled|guidance|clip|t5|style|vector|image_embeds?|meta)(_|$)"
 )
-_LATENT = re.compile(r"(^|_)(hidden_states|x|z|xt|img|image|latents?|latent_model_input|sample|noisy|noise|control|controlnet\w*|residuals?|cond_image)$")
+_LATENT = re.compile(
+    r"(^|_)(hidden_states|x|z|xt|img|image|latents?|latent_model_input|sample|noisy|noise|control|controlnet\w*|residuals?|cond_image)$"
+)
 
 
 def clean(name: str) -> str:
@@ -36,7 +40,9 @@ def is_time(name: str) -> bool:
     return _TIME.search(clean(name)) is not None
 
 
-def infer(inputs: Sequence[tuple[str, Tensor]], outputs: Sequence[Tensor], overrides: Mapping[str, Role] | None = None) -> list[Role]:
+def infer(
+    inputs: Sequence[tuple[str, Tensor]], outputs: Sequence[Tensor], overrides: Mapping[str, Role] | None = None
+) -> list[Role]:
     """A role for each (name, tensor). ``overrides`` maps input names to roles; an unknown name or role is BadInput."""
     names = [name for name, _ in inputs]
     for name, role in (overrides or {}).items():
@@ -58,7 +64,10 @@ def infer(inputs: Sequence[tuple[str, Tensor]], outputs: Sequence[Tensor], overr
         candidates = [i for i, (_, v) in enumerate(inputs) if roles[i] is None and tuple(v.shape) in shapes]
         for i in candidates[:1]:
             roles[i] = "latent"
-    return [role or ("prompt" if not v.is_floating_point() and v.ndim <= 1 else "latent") for role, (_, v) in zip(roles, inputs, strict=True)]
+    return [
+        role or ("prompt" if not v.is_floating_point() and v.ndim <= 1 else "latent")
+        for role, (_, v) in zip(roles, inputs, strict=True)
+    ]
 
 
 def _by_name(name: str, value: Tensor) -> Role | None:

@@ -41,7 +41,10 @@ def train_classifier(images: torch.Tensor, labels: torch.Tensor) -> tuple[dict[s
     order = np.random.default_rng(0).permutation(len(labels))
     train, held_out = order[: len(order) * 4 // 5], order[len(order) * 4 // 5 :]
     model = LogisticRegression(max_iter=2000, C=1.0).fit(pixels[train], labels.numpy()[train])
-    weights = {"weight": torch.from_numpy(model.coef_).float().contiguous(), "bias": torch.from_numpy(model.intercept_).float()}
+    weights = {
+        "weight": torch.from_numpy(model.coef_).float().contiguous(),
+        "bias": torch.from_numpy(model.intercept_).float(),
+    }
     return weights, float(model.score(pixels[held_out], labels.numpy()[held_out]))
 
 
@@ -81,8 +84,13 @@ def train(minutes: float, batch: int, steps: int, checkpoint: Path) -> None:
     began = last_saved = time.time()
 
     def keep(step: int) -> None:
-        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), averaged=averaged, step=step,
-                     seconds=spent + time.time() - began)
+        state = dict(
+            model=model.state_dict(),
+            optimizer=optimizer.state_dict(),
+            averaged=averaged,
+            step=step,
+            seconds=spent + time.time() - began,
+        )
         torch.save(state, checkpoint.with_suffix(".part"))
         checkpoint.with_suffix(".part").replace(checkpoint)
         save(model, averaged, folder)
@@ -121,7 +129,9 @@ def train(minutes: float, batch: int, steps: int, checkpoint: Path) -> None:
             print("time is up")
             break
     keep(step + 1)
-    print(f"trained {step + 1} steps in {(spent + time.time() - began) / 60:.0f} minutes on {torch.get_num_threads()} threads")
+    print(
+        f"trained {step + 1} steps in {(spent + time.time() - began) / 60:.0f} minutes on {torch.get_num_threads()} threads"
+    )
 
 
 def main() -> None:

@@ -75,7 +75,9 @@ class Cache(Pass):
             if getattr(self, option) < least:
                 raise RecipeError(f"cache{{{option}={getattr(self, option)}}}: expected {least} or more")
         if self.predictor == "hold" and self.order:
-            raise RecipeError(f"cache{{order={self.order}}}: hold has order 0; choose predictor=taylor, newton or lagrange")
+            raise RecipeError(
+                f"cache{{order={self.order}}}: hold has order 0; choose predictor=taylor, newton or lagrange"
+            )
         if set(self.mask) - {"0", "1"}:
             raise RecipeError(f"cache{{mask={self.mask}}}: expected a text of 1 (compute) and 0 (reuse), one a step")
         if self.mask.startswith("0"):
@@ -87,11 +89,16 @@ class Cache(Pass):
 
     def run(self, program: Program, context: Context) -> Outcome:
         if self.mask and context.steps and len(self.mask) != context.steps:
-            raise RecipeError(f"mask has {len(self.mask)} steps, the request has {context.steps}: give one digit a step")
+            raise RecipeError(
+                f"mask has {len(self.mask)} steps, the request has {context.steps}: give one digit a step"
+            )
         selections = select_regions(program, self.region)
         taken = {r for d in program.decisions for r in d.regions}
         for region in (i for s in selections for i in s.ids):
-            if any(region == t or region.startswith(f"{t}.") or t.startswith(f"{region}.") or "model" in (region, t) for t in taken):
+            if any(
+                region == t or region.startswith(f"{t}.") or t.startswith(f"{region}.") or "model" in (region, t)
+                for t in taken
+            ):
                 return Outcome(program, 0, (f"{region} is cached already by an earlier cache",))
         work = _Rewrite(self, program)
         work.apply(selections)
@@ -158,7 +165,10 @@ class _Rewrite:
         out = replace_functions(self.before, changed)
         keep = {k: f for k, f in out.functions.items() if k not in _bodies(self.before) or k in used}
         return out.replace(
-            functions=keep, state=(*out.state, *self.types), decisions=(*out.decisions, decision), regions=_moved(out, changed)
+            functions=keep,
+            state=(*out.state, *self.types),
+            decisions=(*out.decisions, decision),
+            regions=_moved(out, changed),
         )
 
     # -- values ----------------------------------------------------------------------------------------------------
@@ -179,7 +189,9 @@ class _Rewrite:
         if self.weights not in self._state:
             with self.e._mode:
                 value = torch.empty(self.o.order + 1)
-            self._state[self.weights] = self.e.placeholder(f"{self.name}_weights", Formal("control", self.weights), value)
+            self._state[self.weights] = self.e.placeholder(
+                f"{self.name}_weights", Formal("control", self.weights), value
+            )
         return self._state[self.weights]
 
     def _update(self, slots: Sequence[fx.Node], new: fx.Node) -> None:
@@ -215,7 +227,11 @@ class _Rewrite:
 
     def _latent_like(self, value: fx.Node) -> fx.Node | None:
         for p in self.before.step.placeholders:
-            if p.meta["formal"].kind == "input" and self.binding[p] & Binding.LATENT and TensorType.of(p.meta["val"]).shape == TensorType.of(value.meta["val"]).shape:
+            if (
+                p.meta["formal"].kind == "input"
+                and self.binding[p] & Binding.LATENT
+                and TensorType.of(p.meta["val"]).shape == TensorType.of(value.meta["val"]).shape
+            ):
                 return self.e[p]
         self.refused.append("no latent input has the shape of the output: its value is kept instead of the difference")
         return None
@@ -269,10 +285,15 @@ class _Rewrite:
         if node not in inside and TensorType.of(node.meta["val"]).shape == want.shape:
             return node
         for arg in call_args(first):
-            if self.binding[arg] & Binding.LATENT and (arg.meta["val"].dtype, tuple(arg.meta["val"].shape)) == (want.dtype, want.shape):
+            if self.binding[arg] & Binding.LATENT and (arg.meta["val"].dtype, tuple(arg.meta["val"].shape)) == (
+                want.dtype,
+                want.shape,
+            ):
                 return arg
         if self.o.residual == "yes":
-            self.refused.append(f"{value.name} continues no input of the run: its value is kept instead of the difference")
+            self.refused.append(
+                f"{value.name} continues no input of the run: its value is kept instead of the difference"
+            )
         return None
 
     def _modules(self, wanted: dict[str, list[str]]) -> None:
@@ -335,7 +356,9 @@ def predict(e: Editor, slots: Sequence[fx.Node], weights: fx.Node | None, at: fx
     total = None
     for i, slot in enumerate(slots):
         term = e.op(aten._to_copy.default, slot, at=at, region=region, dtype=torch.float32) if half else slot
-        term = e.op(aten.mul.Tensor, term, e.op(aten.select.int, weights, 0, i, at=at, region=region), at=at, region=region)
+        term = e.op(
+            aten.mul.Tensor, term, e.op(aten.select.int, weights, 0, i, at=at, region=region), at=at, region=region
+        )
         total = term if total is None else e.op(aten.add.Tensor, total, term, at=at, region=region)
     assert total is not None
     return e.op(aten._to_copy.default, total, at=at, region=region, dtype=dtype) if half else total

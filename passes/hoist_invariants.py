@@ -53,7 +53,9 @@ class HoistInvariants(Pass):
         known: dict[fx.Node, str] = {}
         for name, part, lifetime in ((REQUEST, request, "request"), (SCHEDULE, schedule, "schedule")):
             inside = set(part)
-            values = [n for n in part if isinstance(n.meta["val"], torch.Tensor) and any(u not in inside for u in n.users)]
+            values = [
+                n for n in part if isinstance(n.meta["val"], torch.Tensor) and any(u not in inside for u in n.users)
+            ]
             if not values:
                 continue
             function, keys = _memo_function(f"memo_{name}", part, values, known)

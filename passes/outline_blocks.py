@@ -7,7 +7,6 @@ become calls of one Function, so text, compile time and later passes see each cl
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from torch import fx
@@ -60,7 +59,12 @@ class OutlineBlocks(Pass):
 def _alias(nodes: list[fx.Node]) -> str:
     """The module path that most of a block's nodes share, where the capture knew one."""
     paths = [str(n.meta["path"]).split(".") for n in nodes if n.meta.get("path")]
-    return ".".join(os.path.commonprefix([p for p in paths if p[:1] == paths[-1][:1]])) if paths else ""
+    shared: list[str] = []
+    for part in zip(*(p for p in paths if p[:1] == paths[-1][:1]), strict=False):
+        if len(set(part)) > 1:
+            break
+        shared.append(part[0])
+    return ".".join(shared)
 
 
 def _mark_modules(program: Program, origin: str) -> Program:

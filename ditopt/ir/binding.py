@@ -51,7 +51,11 @@ _ROLE = {"latent": Binding.LATENT, "timestep": Binding.TIMESTEP, "prompt": Bindi
 
 def bind(program: Program) -> dict[fx.Node, Binding]:
     """The binding of every node of the entry, and of every body node joined over its call sites."""
-    memo = {v: Binding.PROMPT if m.lifetime == "request" else Binding.TIMESTEP | Binding.PROMPT for m in program.memos for v in m.values}
+    memo = {
+        v: Binding.PROMPT if m.lifetime == "request" else Binding.TIMESTEP | Binding.PROMPT
+        for m in program.memos
+        for v in m.values
+    }
     roles = {i.name: _ROLE[i.role] for i in program.inputs}
     found: dict[fx.Node, Binding] = {}
     start = {}
@@ -66,7 +70,9 @@ def bind(program: Program) -> dict[fx.Node, Binding]:
     return found
 
 
-def _flow(program: Program, function: Function, start: Mapping[fx.Node, Binding], found: dict[fx.Node, Binding]) -> list[Binding]:
+def _flow(
+    program: Program, function: Function, start: Mapping[fx.Node, Binding], found: dict[fx.Node, Binding]
+) -> list[Binding]:
     """Bindings of the results of ``function``; joins into ``found``."""
     local: dict[fx.Node, Binding] = {}
     parts: dict[fx.Node, list[Binding]] = {}

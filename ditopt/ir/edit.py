@@ -41,7 +41,9 @@ class Editor:
     def __enter__(self) -> Editor:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         return None
 
     def __getitem__(self, node: fx.Node) -> fx.Node:
@@ -77,7 +79,9 @@ class Editor:
         **kwargs: Any,
     ) -> fx.Node:
         """A new operator node before ``at``, after ``after``, or at the end."""
-        where = self.graph.inserting_after(after) if after is not None else self.graph.inserting_before(at or self._output)
+        where = (
+            self.graph.inserting_after(after) if after is not None else self.graph.inserting_before(at or self._output)
+        )
         with where:
             node = self.graph.call_function(target, args, kwargs)
         values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
@@ -86,7 +90,9 @@ class Editor:
         node.meta.update(region=region, origin=self._origin)
         return node
 
-    def call(self, name: str, args: Sequence[fx.Node], values: Sequence[Any], at: fx.Node, region: str) -> list[fx.Node]:
+    def call(
+        self, name: str, args: Sequence[fx.Node], values: Sequence[Any], at: fx.Node, region: str
+    ) -> list[fx.Node]:
         """A call of the shared body ``name`` before ``at``; its results as nodes of the given types."""
         with self.graph.inserting_before(at):
             body = self.graph.get_attr(name)
@@ -169,9 +175,7 @@ def inline(program: Program, function: str | None = None) -> Function:
             continue
         if is_call(node):
             body = program.functions[callee(node)]
-            local: dict[fx.Node, Any] = dict(
-                zip(body.placeholders, [values[a] for a in call_args(node)], strict=True)
-            )
+            local: dict[fx.Node, Any] = dict(zip(body.placeholders, [values[a] for a in call_args(node)], strict=True))
             _inline_body(graph, body, local, str(node.meta.get("region", "")))
             values[node] = tuple(local[r] for r in body.results)
         elif node.op == "call_function" and node.target is operator.getitem and isinstance(values[node.args[0]], tuple):

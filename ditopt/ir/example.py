@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -40,7 +42,7 @@ class Builder:
     def _formal(self, name: str, what: Formal, like: torch.Tensor) -> fx.Node:
         return self._e.placeholder(name, what, self._mode.from_tensor(like))
 
-    def __call__(self, target: object, *args: object, **kwargs: object) -> fx.Node:
+    def __call__(self, target: object, *args: Any, **kwargs: Any) -> fx.Node:
         """An operator on nodes and constants."""
         return self._e.op(target, *args, **kwargs)
 
@@ -64,12 +66,16 @@ def tiny_dit(blocks: int = 3, noise: bool = False, attention: bool = True) -> Pr
     label = b.input("class_labels", "prompt", ROWS, dtype=torch.int64)
     time = b(aten.unsqueeze.default, t, -1)
     time = b(aten.linear.default, b(aten.sin.default, time), b.param("time.weight", WIDTH, 1))
-    cond = b(aten.silu.default, b(aten.add.Tensor, time, b(aten.embedding.default, b.param("label.weight", 4, WIDTH), label)))
+    cond = b(
+        aten.silu.default, b(aten.add.Tensor, time, b(aten.embedding.default, b.param("label.weight", 4, WIDTH), label))
+    )
     if noise:
         x = b(aten.detach.default, b(aten.view.default, x, [ROWS, TOKENS, WIDTH]))
     for i in range(blocks):
         x = _block(b, x, cond, f"blocks.{i}")
-    return b.program(b(aten.linear.default, b(aten.layer_norm.default, x, [WIDTH]), b.param("head.weight", WIDTH, WIDTH)))
+    return b.program(
+        b(aten.linear.default, b(aten.layer_norm.default, x, [WIDTH]), b.param("head.weight", WIDTH, WIDTH))
+    )
 
 
 def _block(b: Builder, x: fx.Node, cond: fx.Node, name: str) -> fx.Node:
@@ -77,12 +83,24 @@ def _block(b: Builder, x: fx.Node, cond: fx.Node, name: str) -> fx.Node:
     gate = b(aten.unsqueeze.default, b(aten.linear.default, cond, b.param(f"{name}.gate", WIDTH, WIDTH)), 1)
     y = b(aten.mul.Tensor, b(aten.layer_norm.default, x, [WIDTH]), b(aten.add.Tensor, scale, 1))
     heads = [
-        b(aten.transpose.int, b(aten.view.default, b(aten.linear.default, y, b.param(f"{name}.{k}", WIDTH, WIDTH)), [ROWS, TOKENS, 2, WIDTH // 2]), 1, 2)
+        b(
+            aten.transpose.int,
+            b(
+                aten.view.default,
+                b(aten.linear.default, y, b.param(f"{name}.{k}", WIDTH, WIDTH)),
+                [ROWS, TOKENS, 2, WIDTH // 2],
+            ),
+            1,
+            2,
+        )
         for k in ("q", "k", "v")
     ]
     y = b(aten.transpose.int, b(aten.scaled_dot_product_attention.default, *heads), 1, 2)
     y = b(aten.linear.default, b(aten.reshape.default, y, [ROWS, TOKENS, WIDTH]), b.param(f"{name}.out", WIDTH, WIDTH))
     x = b(aten.add.Tensor, x, b(aten.mul.Tensor, gate, y))
-    y = b(aten.gelu.default, b(aten.linear.default, b(aten.layer_norm.default, x, [WIDTH]), b.param(f"{name}.up", 2 * WIDTH, WIDTH)))
+    y = b(
+        aten.gelu.default,
+        b(aten.linear.default, b(aten.layer_norm.default, x, [WIDTH]), b.param(f"{name}.up", 2 * WIDTH, WIDTH)),
+    )
     y = b(aten.linear.default, y, b.param(f"{name}.down", WIDTH, 2 * WIDTH))
     return b(aten.add.Tensor, x, b(aten.mul.Tensor, gate, y))

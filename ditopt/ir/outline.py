@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -78,7 +79,9 @@ def _with_cost(program: Program, bodies: Mapping[str, str]) -> Program:
             r = dataclasses.replace(r, flops=cost[program.entry] if r.role == "model" else stages[r.stage])
         elif r.role in ("attn", "mlp"):
             body = program.functions[bodies[r.parent]]
-            r = dataclasses.replace(r, flops=sum(flops(n) for n in body.graph.nodes if n.meta.get("region") == f".{r.role}"))
+            r = dataclasses.replace(
+                r, flops=sum(flops(n) for n in body.graph.nodes if n.meta.get("region") == f".{r.role}")
+            )
         regions.append(r)
     return program.replace(regions=tuple(regions))
 
@@ -107,7 +110,7 @@ def _site(id: str, nodes: list[fx.Node]) -> _Site:
     inputs: dict[fx.Node, int] = {}
     parts: list[Hashable] = []
 
-    def encode(node: fx.Node) -> _Ref:
+    def encode(node: fx.Node) -> Any:
         if node in local:
             return _Ref(f"%{local[node]}")
         return _Ref(f"${inputs.setdefault(node, len(inputs))}")
@@ -143,9 +146,7 @@ def _body(name: str, model: _Site, outputs: Sequence[int], origin: str) -> Funct
     return Function(name, graph)
 
 
-def _call(
-    e: Editor, site: _Site, model: _Site, outputs: Sequence[int], name: str, now: dict[fx.Node, fx.Node]
-) -> None:
+def _call(e: Editor, site: _Site, model: _Site, outputs: Sequence[int], name: str, now: dict[fx.Node, fx.Node]) -> None:
     """Replace the nodes of ``site`` by a call at the place of its last node."""
     last = e[site.nodes[-1]]
     anchor = last.next
@@ -169,9 +170,10 @@ def _as_strided_like(e: Editor, arg: fx.Node, like: fx.Node, at: fx.Node) -> fx.
         return e.op(aten.clone.default, arg, at=at, memory_format=torch.contiguous_format)
     order = sorted(range(arg.meta["val"].ndim), key=lambda d: -like.meta["val"].stride(d))
     back = [order.index(d) for d in range(len(order))]
-    dense = e.op(aten.clone.default, e.op(aten.permute.default, arg, order, at=at), at=at, memory_format=torch.contiguous_format)
+    dense = e.op(
+        aten.clone.default, e.op(aten.permute.default, arg, order, at=at), at=at, memory_format=torch.contiguous_format
+    )
     return e.op(aten.permute.default, dense, back, at=at)
-
 
 
 def clone_body(body: Function, name: str, origin: str) -> Editor:

@@ -62,7 +62,8 @@ def _labels(nodes: Sequence[fx.Node]) -> np.ndarray:
 
 def label(node: fx.Node) -> Hashable:
     """Operator, constants and types of a node, without what it is connected to."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Mark(_type(n.meta["val"])))
+    mark: Any = lambda n: _Mark(_type(n.meta["val"]))  # noqa: E731 - typed as map_arg wants it
+    args, kwargs = fx.map_arg((node.args, node.kwargs), mark)
     return (str(node.target), repr(args), repr(kwargs), _type(node.meta["val"]))
 
 
@@ -173,7 +174,12 @@ def _last_residual(nodes: Sequence[fx.Node], start: int, stop: int) -> int | Non
         operands = [a for a in node.args if isinstance(a, fx.Node)]
         if node.target is aten.add.Tensor and len(operands) == 2:
             for a, b in (operands, operands[::-1]):
-                if a in chain and b not in chain and b in index and TensorType.of(a.meta["val"]).shape == TensorType.of(node.meta["val"]).shape:
+                if (
+                    a in chain
+                    and b not in chain
+                    and b in index
+                    and TensorType.of(a.meta["val"]).shape == TensorType.of(node.meta["val"]).shape
+                ):
                     chain.add(node)
                     end = k + 1
         elif node.target in CASTS and operands and operands[0] in chain:
@@ -203,7 +209,12 @@ def find_modules(body: Function, binding: Mapping[fx.Node, Binding]) -> list[Mod
         operands = [a for a in node.args if isinstance(a, fx.Node)]
         if node.target is aten.add.Tensor and len(operands) == 2:
             for old, branch in (operands, operands[::-1]):
-                if old in stream and branch not in stream and binding[branch] & Binding.LATENT and _same_shape(old, node):
+                if (
+                    old in stream
+                    and branch not in stream
+                    and binding[branch] & Binding.LATENT
+                    and _same_shape(old, node)
+                ):
                     found = _branch(branch, stream, binding)
                     if found is not None and found.output not in {m.output for m in modules}:
                         modules.append(Module(found.role, found.output, frozenset(found.nodes - assigned)))
