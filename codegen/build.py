@@ -1,4 +1,4 @@
-"""From a Program to a Plan: lower it, compile each step graph for a target, and write down what the runtime must know."""
+"""From a Program to a Plan: lower it, compile each step graph for a target, write down what the runtime must know."""
 
 from __future__ import annotations
 

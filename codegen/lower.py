@@ -109,38 +109,27 @@ def _decide(function: Function, choices: Choices) -> Function:
         for node in list(e.graph.nodes):
             if node.target is select:
                 computed, predicted, decision = node.args
-                node.replace_all_uses_with(computed if choices[str(decision)] == "compute" else predicted)  # type: ignore[arg-type]
+                node.replace_all_uses_with(computed if choices[str(decision)] == "compute" else predicted)
         e.drop_dead(formals=False)
     return e.function()
 
 
 def _trim_calls(program: Program) -> Program:
     """Bodies without results that no call reads and without formals they do not read; calls to match."""
-    step = program.step
     live: dict[str, set[int]] = {}
-    order = [n for n in step.graph.nodes if is_call(n)]
-    with Editor(step, "lower") as e:
+    with Editor(program.step, "lower") as e:
         e.drop_dead(formals=False)
-        for call in order:
-            node = e[call]
-            read = {int(u.args[1]) for u in node.users} if node.graph is e.graph and not _erased(node) else set()  # type: ignore[arg-type]
-            live.setdefault(callee(call), set()).update(read)
-        # a body may read less once a result is gone, which may kill results of calls before it: repeat until stable
+        calls = [n for n in e.graph.nodes if is_call(n)]
+        for call in calls:
+            live.setdefault(callee(call), set()).update(int(u.args[1]) for u in call.users)
         bodies = {name: _with_results(program.functions[name], sorted(keep)) for name, keep in live.items()}
-        for call in order:
-            if not _erased(e[call]):
-                _recall(e, e[call], program.functions[callee(call)], bodies[callee(call)], sorted(live[callee(call)]))
-        gone = e.drop_dead(formals=False)
+        for call in calls:
+            _recall(e, call, program.functions[callee(call)], bodies[callee(call)], sorted(live[callee(call)]))
+        e.drop_dead(formals=False)
     out = prune(program.replace(functions={**program.functions, **bodies, program.entry: e.function()}))
-    return (
-        _trim_calls(out)
-        if gone and any(len(bodies[k].results) != len(program.functions[k].results) for k in bodies)
-        else out
-    )
-
-
-def _erased(node: fx.Node) -> bool:
-    return node._erased  # type: ignore[attr-defined, no-any-return]
+    # a body that reads less may leave results of earlier calls unread: again, until nothing shrinks
+    shrunk = any(len(f.placeholders) < len(program.functions[name].placeholders) for name, f in bodies.items())
+    return _trim_calls(out) if shrunk else out
 
 
 def _with_results(body: Function, keep: Sequence[int]) -> Function:

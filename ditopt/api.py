@@ -39,7 +39,7 @@ def optimize(
 ) -> Any:
     """A faster drop-in for a denoiser, or a diffusers pipeline with its denoiser replaced.
 
-    model: an ``nn.Module`` (returns an ``OptimizedModule``), or a diffusers pipeline (returned itself, changed in place;
+    model: an ``nn.Module`` (returns an ``OptimizedModule``) or a diffusers pipeline (returned itself, changed in place;
         ``restore`` undoes it).
     recipe: a name from ``ditopt recipes``, a line such as ``"taylorseer{interval=4,order=2}"``, a ``Recipe``, a path.
     example_inputs: a dict of keyword arguments or a tuple; left out, capture happens at the first call.

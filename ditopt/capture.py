@@ -27,6 +27,7 @@ from ditopt._torch import OpOverload, is_fake, pytree
 from ditopt.errors import BadInput, CaptureError
 from ditopt.ir.edit import drop_dead
 from ditopt.ir.program import Formal, Function, Input, Program, Role, TensorType
+from ditopt.offload import keep_shared, strip
 
 _SCALARS = (bool, int, float, str, type(None))
 
@@ -92,7 +93,7 @@ def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tu
             statics.append(None)
             tensors.append(leaf)
             key.append((tuple(leaf.shape), leaf.dtype, leaf.device))
-        elif isinstance(leaf, _SCALARS) or isinstance(leaf, (torch.dtype, torch.device, torch.Size)):
+        elif isinstance(leaf, (*_SCALARS, torch.dtype, torch.device, torch.Size)):
             statics.append(leaf)
             key.append(leaf)
         else:
@@ -171,9 +172,11 @@ def _split(model: nn.Module, bound: Mapping[str, Any]) -> tuple[list[Any], dict[
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of the module structure around the same tensors."""
-    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, tensors)  # type: ignore[arg-type]
+    """A deep copy of the module structure around the same tensors, without the offload hooks of accelerate."""
+    kept: dict[int, Any] = {**keep_shared(model), **{id(t): t for t in [*model.parameters(), *model.buffers()]}}
+    twin = copy.deepcopy(model, kept)
+    strip(twin)
+    return twin
 
 
 def capture(
@@ -187,8 +190,9 @@ def capture(
     """Export ``model`` for the signature of ``spec``.
 
     ``tensors`` are example values in the order of ``spec.names``; those named in ``weights`` become parameters of the
-    Program instead of inputs (a graph from Dynamo takes its weights as arguments). Raises CaptureError when the model cannot be traced
-    (with the model's own line) or when the graph does not compute what the model computes on a derived input.
+    Program instead of inputs (a graph from Dynamo takes its weights as arguments). Raises CaptureError when the model
+    cannot be traced (with the model's own line) or when the graph does not compute what the model computes on a derived
+    input.
     """
     twin = shared_copy(model).eval()
     before = _python_state(twin)
@@ -335,7 +339,7 @@ def _path(node: fx.Node) -> str:
 
 
 def derive(inputs: Sequence[Input], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """A second input of the same signature: floats perturbed, integers resampled among their values, masks shortened."""
+    """A second input of the same signature: floats perturbed, integers resampled, masks shortened."""
     generator = torch.Generator().manual_seed(0)
     out = []
     for item, tensor in zip(inputs, tensors, strict=True):
@@ -376,7 +380,8 @@ def _check(model: nn.Module, captured: Captured, tensors: Sequence[Tensor]) -> N
     for name, a, b in zip(program.outputs, want, got, strict=True):
         if a.shape != b.shape:
             raise CaptureError(
-                f"the graph of {type(model).__name__} gives {name} the shape {list(b.shape)}, the model {list(a.shape)}, on a second input"
+                f"on a second input the graph of {type(model).__name__} gives {name} the shape {list(b.shape)}, "
+                f"the model {list(a.shape)}"
             )
         if not torch.isfinite(a.float()).all():
             continue  # the derived input left the model's domain: it says nothing about the graph
@@ -384,6 +389,6 @@ def _check(model: nn.Module, captured: Captured, tensors: Sequence[Tensor]) -> N
         limit = 1e-5 if a.dtype in (torch.float32, torch.float64) else 2e-2
         if not error <= limit:
             raise CaptureError(
-                f"the graph of {type(model).__name__} differs from the model by {float(error):.1e} (relative) on a second "
-                f"input; the model's Python depends on tensor values, or it is not deterministic"
+                f"the graph of {type(model).__name__} differs from the model by {float(error):.1e} (relative) on a "
+                f"second input; the model's Python depends on tensor values, or it is not deterministic"
             )

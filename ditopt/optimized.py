@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from ditopt.engine import Compiled, Engine
 from ditopt.errors import BadInput, DitoptWarning
 from ditopt.ir.program import Program
+from ditopt.offload import loaded
 from ditopt.pipeline import PassResult
 from ditopt.runtime.account import Row, Stats
 from ditopt.runtime.session import Session
 
-_WHY = "ditopt.optimize compiles by itself: a step counter or a timestep read inside a traced forward would recompile each step"
+_WHY = (
+    "ditopt.optimize compiles by itself: a step counter or a timestep read inside a traced forward would recompile "
+    "each step"
+)
 
 
 class OptimizedModule(nn.Module):
@@ -43,14 +47,22 @@ class OptimizedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if "original" not in self.__dict__:  # copy and pickle ask before there are any attributes
+                raise
             return getattr(self.__dict__["original"], name)
 
-    @torch.compiler.disable(recursive=True, reason=_WHY)  # type: ignore[misc]
+    @torch.compiler.disable(recursive=True, reason=_WHY)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One step, with the arguments and the return type of the model's own forward."""
-        return self.engine(args, kwargs)
+        with loaded(self.original):
+            return self.engine(args, kwargs)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def to(self, *args: Any, **kwargs: Any) -> OptimizedModule:
+        """Moves or casts the model in its own way. A later step on another device or dtype is a SessionError."""
+        self.original.to(*args, **kwargs)
+        return self
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: says so."""
         warnings.warn(f"compile() has no effect here. {_WHY}", DitoptWarning, stacklevel=2)
 
@@ -77,12 +89,12 @@ class OptimizedModule(nn.Module):
         self.engine.refresh()
 
     @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
+    def cache_context(self, name: str, **where: Any) -> Iterator[None]:
         """Calls inside belong to the guidance branch ``name``; the model's own cache context is entered too."""
         with ExitStack() as stack:
             own = getattr(self.original, "cache_context", None)
             if own is not None:
-                stack.enter_context(own(name))
+                stack.enter_context(own(name, **where))
             stack.enter_context(self.engine.session.context(name))
             yield
 
@@ -123,4 +135,5 @@ class OptimizedModule(nn.Module):
         return write(self, Path(path))
 
     def __repr__(self) -> str:
-        return f"OptimizedModule({type(self.original).__name__}, recipe={str(self.engine.recipe)!r}, target={self.engine.target!r})"
+        name, recipe, target = type(self.original).__name__, str(self.engine.recipe), self.engine.target
+        return f"OptimizedModule({name}, recipe={recipe!r}, target={target!r})"

@@ -84,13 +84,13 @@ def train(minutes: float, batch: int, steps: int, checkpoint: Path) -> None:
     began = last_saved = time.time()
 
     def keep(step: int) -> None:
-        state = dict(
-            model=model.state_dict(),
-            optimizer=optimizer.state_dict(),
-            averaged=averaged,
-            step=step,
-            seconds=spent + time.time() - began,
-        )
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "averaged": averaged,
+            "step": step,
+            "seconds": spent + time.time() - began,
+        }
         torch.save(state, checkpoint.with_suffix(".part"))
         checkpoint.with_suffix(".part").replace(checkpoint)
         save(model, averaged, folder)
@@ -130,7 +130,7 @@ def train(minutes: float, batch: int, steps: int, checkpoint: Path) -> None:
             break
     keep(step + 1)
     print(
-        f"trained {step + 1} steps in {(spent + time.time() - began) / 60:.0f} minutes on {torch.get_num_threads()} threads"
+        f"trained {step + 1} steps in {(spent + time.time() - began) / 60:.0f} min on {torch.get_num_threads()} threads"
     )
 
 

@@ -270,7 +270,7 @@ class _Rewrite:
         return inside, calls[0]
 
     def _entry_of(self, value: fx.Node, first: fx.Node, inside: Sequence[fx.Node]) -> fx.Node | None:
-        """The value outside the run that ``value`` continues by residual adds: along the blocks' streams, else by type."""
+        """The value outside the run that ``value`` continues by residual adds: along the streams, else by type."""
         node = value
         while node in inside:
             call = node.args[0] if node.args else None

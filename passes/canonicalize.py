@@ -3,6 +3,9 @@
 A trace is full of them: casts to the dtype a value has, views to the shape it has, slices of everything, dropout at
 inference, detach. They hide that two blocks are the same block and that a residual add adds what it adds. Exact: each
 rule removes an operator only where its result has the operand's values, type and strides.
+
+Operators that read only the type of an operand (``type_as``, ``zeros_like``, ``expand_as``) get the type instead, which
+is static: else a table of timesteps would seem to need the latent.
 """
 
 from __future__ import annotations
@@ -45,14 +48,52 @@ def removable(node: fx.Node) -> bool:
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     if node.target is aten.dropout.default:
-        return node.args[1] == 0 or node.args[2] is False
+        return bool(node.args[1] == 0) or node.args[2] is False
     if node.target not in _IDENTITY:
         return False
     before, after = node.args[0].meta["val"], node.meta["val"]
     if before.device != after.device or TensorType.of(before) != TensorType.of(after):
         return False
     # a permutation can keep the type of a square or of unit dimensions without being the identity
-    return node.target is not aten.permute.default or list(node.args[1]) == sorted(node.args[1])  # type: ignore[arg-type, type-var]
+    return node.target is not aten.permute.default or list(node.args[1]) == sorted(node.args[1])  # type: ignore[arg-type]
+
+
+_AS = {
+    aten.type_as.default: lambda a, b: (aten._to_copy.default, (a,), {"dtype": b.dtype}),
+    aten.expand_as.default: lambda a, b: (aten.expand.default, (a, list(b.shape)), {}),
+    aten.view_as.default: lambda a, b: (aten.view.default, (a, list(b.shape)), {}),
+    aten.reshape_as.default: lambda a, b: (aten.reshape.default, (a, list(b.shape)), {}),
+}
+"""Operator of (a, b) that reads b's type only -> the operator that has the type as constants."""
+
+_FILL = {
+    aten.zeros_like.default: lambda node: 0,
+    aten.ones_like.default: lambda node: 1,
+    aten.full_like.default: lambda node: node.args[1],
+    aten.empty_like.default: lambda node: 0,  # its content is unspecified, so zero is as good
+    aten.new_zeros.default: lambda node: 0,
+    aten.new_ones.default: lambda node: 1,
+    aten.new_full.default: lambda node: node.args[2],
+    aten.new_empty.default: lambda node: 0,
+}
+"""Operator that makes a constant tensor in the likeness of another -> the constant."""
+
+
+def without_likeness(e: Editor, node: fx.Node) -> fx.Node | None:
+    """What computes ``node`` without the operand that it reads only the type of; None for other operators."""
+    if node.target in _AS:
+        target, args, kwargs = _AS[node.target](node.args[0], node.args[1].meta["val"])  # type: ignore[union-attr]
+        return e.op(target, *args, at=node, region=node.meta["region"], **kwargs)
+    if node.target not in _FILL:
+        return None
+    value = node.meta["val"]
+    order = sorted(range(value.ndim), key=lambda d: -value.stride(d))  # the layout is part of the type
+    shape = [value.shape[d] for d in order]
+    made = {"dtype": value.dtype, "device": value.device}
+    new = e.op(aten.full.default, shape, _FILL[node.target](node), at=node, region=node.meta["region"], **made)
+    if order == sorted(order):
+        return new
+    return e.op(aten.permute.default, new, [order.index(d) for d in range(value.ndim)], at=node, region=node.meta["region"])
 
 
 @dataclass(frozen=True)
@@ -66,8 +107,9 @@ class Canonicalize(Pass):
         for name, function in program.functions.items():
             with Editor(function, self.name) as e:
                 for node in list(e.graph.nodes):
-                    if removable(node):
-                        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+                    new = node.args[0] if removable(node) else without_likeness(e, node)
+                    if new is not None:
+                        node.replace_all_uses_with(new)
                 gone = e.drop_dead(formals=name == program.entry)
             if gone:
                 changed[name] = e.function()

@@ -10,7 +10,7 @@ In DiTs with adaptive layer norm a third of the weights is used by such values o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,8 @@ class HoistInvariants(Pass):
     """Compute once a request what depends on the prompt, once a timestep what depends on the timestep."""
 
     contract = "exact"
-    after = ("canonicalize", "outline_blocks")
+    requires = ("canonicalize",)
+    after = ("outline_blocks",)
 
     def run(self, program: Program, context: Context) -> Outcome:
         if any(m.name in (REQUEST, SCHEDULE) for m in program.memos):
@@ -90,7 +91,7 @@ def _random(node: fx.Node) -> bool:
 def _memo_function(
     name: str, nodes: Sequence[fx.Node], values: Sequence[fx.Node], known: dict[fx.Node, str]
 ) -> tuple[Function, tuple[str, ...]]:
-    """A function of ``nodes`` that returns ``values`` and reads earlier memo values where it can; and its inputs' names."""
+    """A function that returns ``values``, reading earlier memo values where it can; and the names of its inputs."""
     graph = fx.Graph()
     local: dict[fx.Node, fx.Node] = {}
     needed: set[fx.Node] = set()
@@ -116,8 +117,8 @@ def _memo_function(
     return Function(name, graph), tuple(keys)
 
 
-def _share(program: Program, before: dict[str, torch.Tensor] | object) -> str:
+def _share(program: Program, before: Mapping[str, torch.Tensor]) -> str:
     used = {formal(p).ref for p in program.step.placeholders if formal(p).kind == "param"}
-    total = sum(t.numel() * t.element_size() for t in before.values())  # type: ignore[attr-defined]
+    total = sum(t.numel() * t.element_size() for t in before.values())
     left = sum(t.numel() * t.element_size() for k, t in program.params.items() if k in used)
     return f"{1 - left / max(total, 1):.1%} of the weight bytes are no longer read inside the loop"

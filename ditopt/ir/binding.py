@@ -87,7 +87,7 @@ def _flow(
             for one in parts[node]:
                 local[node] |= one
         elif node.op == "call_function" and node.args and node.args[0] in parts:
-            local[node] = parts[node.args[0]][node.args[1]]  # type: ignore[index]
+            local[node] = parts[node.args[0]][node.args[1]]
         elif node.op == "call_function":
             skip = METADATA_ONLY.get(node.target, ())
             local[node] = Binding(0)

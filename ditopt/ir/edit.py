@@ -52,7 +52,7 @@ class Editor:
     @property
     def results(self) -> tuple[fx.Node, ...]:
         """The current output nodes: results, then the new state."""
-        return tuple(self._output.args[0])  # type: ignore[arg-type]
+        return tuple(self._output.args[0])
 
     def set_results(self, results: Iterable[fx.Node], state_out: Sequence[str] | None = None) -> None:
         """New output nodes; ``state_out`` names the slots that the last of them are for."""

@@ -32,7 +32,7 @@ def config(name: str) -> dict[str, Any]:
 
 
 def load(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A ready ``DiffusionPipeline`` around the shipped model ``name``, its weights up-cast from float16 to ``dtype``."""
+    """A ready ``DiffusionPipeline`` around the shipped model ``name``, weights up-cast from float16 to ``dtype``."""
     settings = config(name)
     diffusers = require("diffusers", "diffusers")
     safetensors = require("safetensors.torch", None)
