@@ -181,7 +181,9 @@ class Session:
                 continue
             self.stats.reads += needed
             host = given[name].detach().cpu().contiguous()
-            bits[name] = host.reshape(-1).view(torch.uint8).numpy().tobytes()
+            # one expanded number counts as contiguous whatever its stride is, and would not view as bytes
+            dense = host.as_strided((host.numel(),), (1,))
+            bits[name] = dense.view(torch.uint8).numpy().tobytes()
             if time is None and host.numel():
                 time = float(host.double().max())
         return bits, time
