@@ -62,7 +62,9 @@ class HoistInvariants(Pass):
             function, keys = _memo_function(f"memo_{name}", part, values, known)
             functions[function.name] = function
             known |= {n: f"{name}.{k}" for k, n in enumerate(values)}
-            memos.append(Memo(name, function.name, keys, tuple(known[n] for n in values), lifetime))  # type: ignore[arg-type]
+            keys |= {k for m in memos for k in m.keys if _reads(function, m)}  # what it reads changes with these
+            ordered = tuple(i.name for i in flat.inputs if i.name in keys)
+            memos.append(Memo(name, function.name, ordered, tuple(known[n] for n in values), lifetime))  # type: ignore[arg-type]
         with Editor(flat.step, self.name) as e:
             for node, value in known.items():
                 if any(u not in moved for u in node.users):
@@ -90,7 +92,7 @@ def _random(node: fx.Node) -> bool:
 
 def _memo_function(
     name: str, nodes: Sequence[fx.Node], values: Sequence[fx.Node], known: dict[fx.Node, str]
-) -> tuple[Function, tuple[str, ...]]:
+) -> tuple[Function, set[str]]:
     """A function that returns ``values``, reading earlier memo values where it can; and the names of its inputs."""
     graph = fx.Graph()
     local: dict[fx.Node, fx.Node] = {}
@@ -113,8 +115,11 @@ def _memo_function(
             local[node] = graph.node_copy(node, local.__getitem__)
             local[node].meta["region"] = ""
     graph.output(tuple(local[v] for v in values))
-    keys = [formal(n).ref for n in order if n.op == "placeholder" and formal(n).kind == "input"]
-    return Function(name, graph), tuple(keys)
+    return Function(name, graph), {formal(n).ref for n in order if n.op == "placeholder" and formal(n).kind == "input"}
+
+
+def _reads(function: Function, memo: Memo) -> bool:
+    return any(formal(p).kind == "memo" and formal(p).ref in memo.values for p in function.placeholders)
 
 
 def _share(program: Program, before: Mapping[str, torch.Tensor]) -> str:

@@ -91,8 +91,9 @@ class StateSlot:
 class Memo:
     """Values that do not depend on the latent: computed by ``function`` when one of ``keys`` changes, else remembered.
 
-    ``keys`` are the model inputs the values depend on. A "request" memo depends on prompt inputs only and holds one
-    entry a guidance branch; a "schedule" memo depends on the timestep too and holds one entry a step (a table).
+    ``keys`` are the model inputs the values depend on, also by way of other memos. A "request" memo depends on prompt
+    inputs only and holds one entry a guidance branch; a "schedule" memo depends on the timestep too and holds one entry
+    a step (a table).
     ``values`` name the function's outputs; the entry reads them as ``memo`` formals.
     """
 

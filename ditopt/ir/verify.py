@@ -279,6 +279,13 @@ class _Verifier:
                         f"{f.name}, node {node.name}",
                         f"it reads the input {what.ref!r}, which is no key of {memo.name!r}",
                     )
+                for other in self.p.memos:
+                    missing = [k for k in other.keys if k not in memo.keys]
+                    if what.kind == "memo" and what.ref in other.values and missing:
+                        self.fail(
+                            f"{f.name}, node {node.name}",
+                            f"it reads {what.ref!r}, which changes with {', '.join(missing)}: no key of {memo.name!r}",
+                        )
             if len(memo.values) != f.n_results:
                 self.fail(where, f"it names {len(memo.values)} values; {f.name} has {f.n_results} results")
             self.values |= {v: r.meta["val"] for v, r in zip(memo.values, f.results, strict=True)}

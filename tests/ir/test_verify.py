@@ -413,3 +413,7 @@ def test_a_memo_may_read_an_earlier_one_and_call_a_body():
     verify(good)
     with pytest.raises(VerifyError, match=r"m1, node m0_0: there is no memo 'm0\.0'"):
         verify(good.replace(memos=tuple(reversed(memos))))
+    # m1 is found by its own keys: one that lacks a key of m0 would give the values of another prompt
+    stale = (memos[0], dataclasses.replace(memos[1], keys=()))
+    with pytest.raises(VerifyError, match=r"m1, node m0_0: it reads 'm0\.0', which changes with t: no key of 'm1'"):
+        verify(good.replace(memos=stale))
