@@ -1,0 +1,215 @@
+"""The text of ``ditopt explain``: what was found in a model, what each pass did to it and why not more, and what runs where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+
+from torch import fx
+
+from ditopt.artifact import StepGraph
+from ditopt.codegen.lower import lower, lower_memos
+from ditopt.ir.binding import Binding, bind
+from ditopt.ir.cost import flops, step_flops
+from ditopt.ir.program import Program, Region, TensorType, formal
+from ditopt.pipeline import PassResult
+
+NEVER = "constant"
+"""The name of what depends on no input."""
+
+
+def explanation(program: Program, history: Sequence[PassResult], target: str) -> str:
+    """Inputs, structure, binding times and costs of ``program`` (as captured, before any pass), what each pass of
+    ``history`` applied and refused, and which graphs ``target`` runs for the last of them."""
+    final = history[-1].program if history else program
+    outlined = next((r.program for r in history if r.program.blocks()), program)
+    parts = [
+        ("Inputs", _inputs(program)),
+        ("Structure", _structure(outlined)),
+        ("Binding times (what a value depends on)", _binding(program)),
+        ("Passes", _passes(history)),
+        (f"Graphs on {target}", _graphs(final, target)),
+        ("State", _state(final)),
+    ]
+    return "\n".join(f"{title}\n{_indent(lines)}" for title, lines in parts)
+
+
+# -- measures that the report shows too --------------------------------------------------------------------------------
+
+
+def size(count: float) -> str:
+    """Bytes with three digits and a unit."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def weight_bytes(program: Program, graph: StepGraph) -> int:
+    """Bytes of the weights that a lowered graph reads."""
+    return sum(program.params[f.ref].nbytes for f in graph.inputs if f.kind == "param" and f.ref in program.params)
+
+
+def role_flops(outlined: Program) -> dict[str, int]:
+    """FLOPs of one step by part: attention and MLP of all blocks, the rest of the blocks, outside of them."""
+    total, inside = step_flops(outlined)
+    out = {f"blocks: {role}": sum(r.flops for r in outlined.regions if r.role == role) for role in ("attn", "mlp")}
+    out["blocks: other (modulation, projections)"] = inside - sum(out.values())
+    out["outside blocks"] = total - inside
+    return out
+
+
+def binding_shares(program: Program) -> dict[str, tuple[int, int]]:
+    """By what it depends on ("constant", "timestep", "prompt and timestep", "latent" ...): bytes of weights, FLOPs.
+
+    Takes a flat Program. A weight counts for the first values that combine it with an input: it counts for "latent" as
+    soon as one of them does, else for everything that they depend on together. A weight no input ever meets is constant.
+    """
+    binding = bind(program)
+    weights: dict[Binding, int] = {}
+    work: dict[Binding, int] = {}
+    for node in program.step.graph.nodes:
+        if node.op == "placeholder" and formal(node).kind == "param":
+            met = _met(node, binding)
+            weights[met] = weights.get(met, 0) + program.params[formal(node).ref].nbytes
+        elif node.op == "call_function":
+            kind = _simple(binding[node])
+            work[kind] = work.get(kind, 0) + flops(node)
+    kinds = sorted({*weights, *(k for k, f in work.items() if f)}, key=lambda k: (bool(k & Binding.LATENT), int(k)))
+    return {words(k): (weights.get(k, 0), work.get(k, 0)) for k in kinds}
+
+
+def words(kind: Binding) -> str:
+    """A binding in words."""
+    names = [str(f.name).lower() for f in Binding if f and f in kind]
+    return " and ".join(names) if names else NEVER
+
+
+def _met(weight: fx.Node, binding: Mapping[fx.Node, Binding]) -> Binding:
+    met, todo, seen = Binding.CONSTANT, [weight], {weight}
+    while todo:
+        for user in todo.pop().users:
+            if user.op == "output" or user in seen:
+                continue
+            seen.add(user)
+            if binding[user] == Binding.CONSTANT:
+                todo.append(user)
+            else:
+                met |= binding[user]
+    return _simple(met)
+
+
+def _simple(kind: Binding) -> Binding:
+    """Latent says all; the shape says nothing beside what changes more often."""
+    if kind & Binding.LATENT:
+        return Binding.LATENT
+    return kind & ~Binding.SHAPE if kind & (Binding.PROMPT | Binding.TIMESTEP) else kind
+
+
+# -- sections ----------------------------------------------------------------------------------------------------------
+
+
+def _inputs(program: Program) -> list[str]:
+    return _columns([[i.name, i.role, type_text(i.type)] for i in program.inputs])
+
+
+def type_text(type_: TensorType) -> str:
+    """A tensor type, as ``float32[2, 4]``."""
+    return f"{str(type_.dtype).removeprefix('torch.')}{list(type_.shape)}"
+
+
+def _structure(program: Program) -> list[str]:
+    blocks = program.blocks()
+    total, inside = step_flops(program)
+    if not blocks:
+        return [f"no repeated blocks; {_flops(total)} a step"]
+    children: dict[str, list[str]] = {}
+    for r in program.regions:
+        if r.role in ("attn", "mlp"):
+            children.setdefault(r.parent, []).append(r.role)
+    lines = []
+    for stage, group in groupby(blocks, key=lambda r: r.stage):
+        run = list(group)
+        kinds = len({r.function for r in run})
+        parts = sorted({"+".join(children.get(r.id, [])) or "no modules" for r in run})
+        share = sum(r.flops for r in run) / max(total, 1)
+        span = run[0].id if len(run) == 1 else f"{run[0].id}..{run[-1].id.split('.')[1]}"
+        shared = f"{kinds} bod{'y' if kinds == 1 else 'ies'}"
+        lines.append([f"stage {stage}", span, f"{len(run)} blocks", shared, ", ".join(parts), f"{share:.1%} of FLOPs", _alias(run)])
+    rest = f"{_flops(total)} a step, {inside / max(total, 1):.1%} of them in blocks"
+    parts_ = ", ".join(f"{role} {f / max(total, 1):.1%}" for role, f in role_flops(program).items())
+    return [*_columns(lines), rest, parts_]
+
+
+def _alias(run: Sequence[Region]) -> str:
+    names = [r.alias for r in run if r.alias]
+    if not names:
+        return ""
+    return names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
+
+
+def _binding(program: Program) -> list[str]:
+    shares = binding_shares(program)
+    every, work = (max(sum(v[i] for v in shares.values()), 1) for i in (0, 1))
+    lines = [["", "weights", "", "FLOPs"]]
+    lines += [[k, size(w), f"{w / every:.1%}", f"{f / work:.2%}"] for k, (w, f) in shares.items()]
+    free = [v for k, v in shares.items() if k not in ("latent", NEVER)]
+    w, f = sum(v[0] for v in free), sum(v[1] for v in free)
+    lines.append(["never sees the latent", size(w), f"{w / every:.1%}", f"{f / work:.2%}"])
+    return _columns(lines, right=(1, 2, 3))
+
+
+def _passes(history: Sequence[PassResult]) -> list[str]:
+    if not history:
+        return ["none"]
+    out = []
+    for r in history:
+        out.append(f"{r.text}: " + (f"applied {r.applied}" if r.applied else "changed nothing") + f" ({r.ms:.0f} ms)")
+        out += [f"  refused: {s}" for s in r.refused] + [f"  note: {s}" for s in r.notes]
+    return out
+
+
+def _graphs(program: Program, target: str) -> list[str]:
+    """The claim table: each graph, who runs it, and what it reads and executes."""
+    memos = target if target == "onnxruntime" else "eager"  # they run once a value, so they are not compiled
+    runs = [(v.graph, target) for v in lower(program)] + [(m.graph, memos) for m in lower_memos(program)]
+    full = max(runs[0][0].flops, 1)
+    lines = [["graph", "runs on", "inputs", "state", "FLOPs", "", "weights read"]]
+    for g, where in runs:
+        kinds = [f.kind for f in g.inputs]
+        given = sum(k in ("input", "memo", "control") for k in kinds)
+        lines.append([g.name, where, str(given), str(kinds.count("state")), _flops(g.flops), f"{g.flops / full:.1%}", size(weight_bytes(program, g))])
+    return _columns(lines, right=(2, 3, 4, 5, 6))
+
+
+def _state(program: Program) -> list[str]:
+    lines = []
+    for life, where in (("request", "a guidance branch"), ("model", "the model")):
+        slots = [s for s in program.state if s.lifetime == life]
+        if slots:
+            lines.append(f"{size(sum(s.type.nbytes for s in slots))} for {where} in {len(slots)} slots")
+    for memo in program.memos:
+        values = [n.meta["val"] for n in program.functions[memo.function].results]
+        bytes_ = sum(TensorType.of(v).nbytes for v in values)
+        every = "a request" if memo.lifetime == "request" else "a step"
+        lines.append(f"{size(bytes_)} {every} in {len(values)} hoisted values that depend on {', '.join(memo.keys) or 'nothing'}")
+    return lines or ["none"]
+
+
+def _flops(count: int) -> str:
+    for unit, scale in (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count} FLOP"
+
+
+def _columns(lines: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
+    if not lines:
+        return []
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    numbers = set(right)
+    return ["  ".join(c.rjust(w) if i in numbers else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip() for line in lines]
+
+
+def _indent(lines: Sequence[str]) -> str:
+    return "".join(f"  {line}\n" for line in lines)
