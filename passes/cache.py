@@ -202,6 +202,7 @@ class _Rewrite:
 
     def _cached(self, value: fx.Node, base: fx.Node | None, region: str) -> fx.Node:
         """What readers of ``value`` read from now on."""
+        value = dense(self.e, value, value.next)
         slots = self._slots(value.meta["val"])
         after = max([value, *([base] if base is not None else [])], key=list(self.e.graph.nodes).index)
         at = after.next
@@ -331,20 +332,19 @@ class _Rewrite:
             raise RecipeError("residual=yes fits runs of blocks; a module's value is added to the stream as it is")
         new = f"{name}_{self.name}" if len(roles) > 1 else f"{name}_{self.name}_{roles[0]}"
         with clone_body(body, new, "cache") as e:
-            groups = [
-                [_formal(e, f"h{k}_{i}", m.output.meta["val"]) for i in range(self.o.order + 1)]
-                for k, m in enumerate(modules)
-            ]
+            kept: list[fx.Node] = []
+            types = [_dense_type(m.output.meta["val"]) for m in modules]
+            groups = [[_formal(e, f"h{k}_{i}", t) for i in range(self.o.order + 1)] for k, t in enumerate(types)]
             with e._mode:
                 control = _formal(e, "weights", torch.empty(self.o.order + 1)) if self.o.order else None
             for module, slots in zip(modules, groups, strict=True):
-                node = e[module.output]
-                at = node.next
+                node, at = e[module.output], e[module.output].next
+                kept.append(dense(e, node, at))
                 guess = predict(e, slots, control, at, "")
-                e.replace(node, e.op(select, node, guess, self.name, at=at))
-            e.set_results([*e.results, *(e[m.output] for m in modules)])
+                e.replace(node, e.op(select, kept[-1], guess, self.name, at=at), keep=kept)
+            e.set_results([*e.results, *kept])
         self.functions[new] = e.function(new)
-        return new, [m.output.meta["val"] for m in modules]
+        return new, types
 
 
 def predict(e: Editor, slots: Sequence[fx.Node], weights: fx.Node | None, at: fx.Node, region: str) -> fx.Node:
@@ -362,6 +362,20 @@ def predict(e: Editor, slots: Sequence[fx.Node], weights: fx.Node | None, at: fx
         total = term if total is None else e.op(aten.add.Tensor, total, term, at=at, region=region)
     assert total is not None
     return e.op(aten._to_copy.default, total, at=at, region=region, dtype=dtype) if half else total
+
+
+def dense(e: Editor, node: fx.Node, at: fx.Node) -> fx.Node:
+    """``node``, or where it is a view with gaps (a stream split from a joined one) a copy without: what a slot holds."""
+    if _dense_type(node.meta["val"]) is node.meta["val"]:
+        return node
+    region = str(node.meta["region"])
+    return e.op(aten.clone.default, node, at=at, region=region, memory_format=torch.contiguous_format)
+
+
+def _dense_type(value: Any) -> Any:
+    """The (fake) value itself where its memory has no gaps, else its contiguous likeness."""
+    like = torch.empty_like(value)  # keeps the strides of dense values, and only of those
+    return value if like.stride() == value.stride() else value.contiguous()
 
 
 def _formal(e: Editor, name: str, value: Any) -> fx.Node:

@@ -7,6 +7,7 @@ become calls of one Function, so text, compile time and later passes see each cl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -16,7 +17,7 @@ from ditopt.ir.binding import bind
 from ditopt.ir.edit import Editor
 from ditopt.ir.outline import flatten, outline
 from ditopt.ir.program import Program, Region
-from ditopt.ir.structure import find_blocks, find_modules, trace
+from ditopt.ir.structure import find_blocks, find_modules
 from ditopt.pipeline import Context, Outcome, Pass
 
 
@@ -30,22 +31,20 @@ class OutlineBlocks(Pass):
     def run(self, program: Program, context: Context) -> Outcome:
         if program.blocks():
             return Outcome(program, 0, (f"the {len(program.blocks())} blocks are outlined already",))
-        windows = find_blocks(program.step, bind(program))
-        if not windows:
+        blocks = find_blocks(program.step, bind(program))
+        if not blocks:
             return Outcome(program, 0, ("no stretch of the graph repeats: the model has no two equal blocks in a row",))
         regions = [Region("model", "model", "")]
-        regions += [Region(f"stage.{s}", "stage", "model", s) for s in sorted({w.stage for w in windows})]
-        nodes = trace(program.step)
+        regions += [Region(f"stage.{s}", "stage", "model", s) for s in sorted({b.stage for b in blocks})]
         with Editor(program.step, self.name) as e:
-            for i, window in enumerate(windows):
-                inside = nodes[window.start : window.stop]
-                for node in inside:
+            for i, block in enumerate(blocks):
+                for node in block.nodes:
                     e[node].meta["region"] = f"blocks.{i}"
-                alias = _alias(inside)
-                regions.append(Region(f"blocks.{i}", "block", f"stage.{window.stage}", window.stage, alias=alias))
+                stage = block.stage
+                regions.append(Region(f"blocks.{i}", "block", f"stage.{stage}", stage, alias=_alias(block.nodes)))
         marked = program.replace(functions={**program.functions, program.entry: e.function()}, regions=tuple(regions))
         named = _mark_modules(outline(marked, self.name), self.name)
-        return Outcome(outline(flatten(named), self.name), len(windows))
+        return Outcome(outline(flatten(named), self.name), len(blocks))
 
     @classmethod
     def example_applies(cls) -> Program:
@@ -56,7 +55,7 @@ class OutlineBlocks(Pass):
         return example.tiny_dit(attention=False)
 
 
-def _alias(nodes: list[fx.Node]) -> str:
+def _alias(nodes: Sequence[fx.Node]) -> str:
     """The module path that most of a block's nodes share, where the capture knew one."""
     paths = [str(n.meta["path"]).split(".") for n in nodes if n.meta.get("path")]
     shared: list[str] = []

@@ -27,8 +27,16 @@ CASTS = {aten._to_copy.default, aten.to.dtype, aten.type_as.default, aten.clone.
 
 
 @dataclass(frozen=True)
-class Window:
-    """Nodes ``nodes[start:stop]`` of the trace are one block of stage ``stage``."""
+class Block:
+    """The operators of one block, in trace order, and the number of its stage (a run of equal blocks)."""
+
+    nodes: tuple[fx.Node, ...]
+    stage: int
+
+
+@dataclass(frozen=True)
+class _Window:
+    """``sequence[start:stop]`` is one block of stage ``stage``."""
 
     start: int
     stop: int
@@ -40,18 +48,32 @@ def trace(function: Function) -> list[fx.Node]:
     return [n for n in function.graph.nodes if n.op == "call_function"]
 
 
-def find_blocks(function: Function, binding: Mapping[fx.Node, Binding]) -> list[Window]:
-    """The blocks of a flat function along the trace; empty where nothing repeats."""
-    nodes = trace(function)
-    labels = _labels(nodes)
-    latent = [bool(binding[n] & Binding.LATENT) for n in nodes]
-    useful = [is_attention(n) or is_matmul(n) for n in nodes]
-    reach = _Crossing(nodes, latent)
-    runs = sorted(_runs(labels, [a and b for a, b in zip(latent, useful, strict=True)], 0, len(nodes)))
-    windows: list[Window] = []
-    for stage, (start, stop, period) in enumerate(runs):
-        windows += [Window(a, a + period, stage) for a in _cuts(reach, start, stop, period)]
-    return _with_odd_blocks(nodes, latent, reach, windows)
+def find_blocks(function: Function, binding: Mapping[fx.Node, Binding]) -> list[Block]:
+    """The blocks of a flat function along the trace; empty where nothing repeats.
+
+    What depends on the timestep alone or on nothing is left out while looking for repeats: blocks may take different
+    slices of one modulation table and still be equal. It joins the block that alone reads it.
+    """
+    sequence = [n for n in trace(function) if binding[n] & (Binding.LATENT | Binding.PROMPT)]
+    labels = _labels(sequence)
+    latent = [bool(binding[n] & Binding.LATENT) for n in sequence]
+    work = [a and (is_attention(n) or is_matmul(n)) for a, n in zip(latent, sequence, strict=True)]
+    crossing = _Crossing(sequence, latent)
+    windows: list[_Window] = []
+    for stage, (start, stop, period) in enumerate(sorted(_runs(labels, work, 0, len(sequence)))):
+        windows += [_Window(a, a + period, stage) for a in _cuts(crossing, start, stop, period)]
+    windows = _with_odd_blocks(sequence, latent, windows)
+    owner = {n: k for k, w in enumerate(windows) for n in sequence[w.start : w.stop]}
+    for node in reversed(trace(function)):
+        if node not in owner and not binding[node] & (Binding.LATENT | Binding.PROMPT):
+            readers = {owner.get(u) for u in node.users}
+            if len(readers) == 1 and (reader := readers.pop()) is not None:
+                owner[node] = reader
+    members: list[list[fx.Node]] = [[] for _ in windows]
+    for node in trace(function):
+        if node in owner:
+            members[owner[node]].append(node)
+    return [Block(tuple(m), w.stage) for m, w in zip(members, windows, strict=True)]
 
 
 def _labels(nodes: Sequence[fx.Node]) -> np.ndarray:
@@ -142,14 +164,12 @@ def _cuts(reach: _Crossing, start: int, stop: int, period: int) -> list[int]:
     return [start + phase + k * period for k in range(copies)]
 
 
-def _with_odd_blocks(
-    nodes: Sequence[fx.Node], latent: Sequence[bool], reach: _Crossing, windows: list[Window]
-) -> list[Window]:
+def _with_odd_blocks(nodes: Sequence[fx.Node], latent: Sequence[bool], windows: list[_Window]) -> list[_Window]:
     """Add what continues a run with an attention of its own: from the end of the run to the last residual add."""
-    out: list[Window] = []
+    out: list[_Window] = []
     stage = 0
     for i, window in enumerate(windows):
-        out.append(Window(window.start, window.stop, stage))
+        out.append(_Window(window.start, window.stop, stage))
         following = windows[i + 1].start if i + 1 < len(windows) else len(nodes)
         if following == window.stop:
             continue
@@ -158,7 +178,7 @@ def _with_odd_blocks(
             end = _last_residual(nodes, window.stop, following)
             if end is not None:
                 stage += 1
-                out.append(Window(window.stop, end, stage))
+                out.append(_Window(window.stop, end, stage))
         stage += 1
     return out
 
