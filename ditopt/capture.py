@@ -135,6 +135,7 @@ class _Packing:
         self.marks: list[tuple[bool, Any]] = []
         self.tree: Any = None
         self.structure: str | tuple[str, ...] = "tuple"
+        self.changed: list[str] = []  # attributes of the model that the run changed
 
 
 class _Flat(nn.Module):
@@ -149,7 +150,9 @@ class _Flat(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         bound = self.spec.unflatten(tensors)
         args, kwargs = _split(self.model, bound)
+        before = _python_state(self.model)  # compared here: torch.export puts attributes back when it is done
         out = self.model(*args, **kwargs)
+        self.packing.changed = [k for k, v in _python_state(self.model).items() if before.get(k, v) != v]
         leaves, tree = pytree.tree_flatten(out)
         self.packing.marks = [(isinstance(leaf, Tensor), None if isinstance(leaf, Tensor) else leaf) for leaf in leaves]
         self.packing.tree = tree
@@ -195,7 +198,6 @@ def capture(
     input.
     """
     twin = shared_copy(model).eval()
-    before = _python_state(twin)
     flat = _Flat(twin, spec)
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -203,13 +205,12 @@ def capture(
             exported = torch.export.export(flat, tuple(tensors), strict=False).run_decompositions({})
     except Exception as error:
         raise CaptureError(_explain(model, error)) from error
-    changed = [k for k, v in _python_state(twin).items() if before.get(k, v) != v]
-    if changed:
-        raise CaptureError(
-            f"{type(model).__name__} changes its attribute {changed[0]} during forward; a graph would keep one value "
-            "for ever. Make it an input of forward."
-        )
     packing = flat.packing
+    if packing.changed:
+        raise CaptureError(
+            f"{type(model).__name__} changes its attribute {packing.changed[0]} during forward; a graph would keep one "
+            "value for ever. Make it an input of forward."
+        )
     program = _program(model, exported, spec, tensors, roles or {}, weights)
 
     def pack(values: Sequence[Tensor]) -> Any:
@@ -225,11 +226,12 @@ def capture(
 
 
 def _python_state(model: nn.Module) -> dict[str, Any]:
+    """The Python values among the attributes of all modules, in containers too, by dotted name."""
     return {
-        f"{name}.{k}" if name else k: v
+        f"{name}.{_dotted(path)}" if name else _dotted(path): v
         for name, module in model.named_modules()
-        for k, v in vars(module).items()
-        if isinstance(v, (bool, int, float, str)) and not k.startswith("__")
+        for path, v in pytree.tree_flatten_with_path(vars(module))[0]
+        if isinstance(v, _SCALARS)
     }
 
 
@@ -308,10 +310,7 @@ def _program(
     outputs = exported.graph.output_node().args[0]
     for item, node in zip(exported.graph_signature.output_specs, outputs, strict=True):
         if item.kind is not OutputKind.USER_OUTPUT:
-            raise CaptureError(
-                f"{type(model).__name__} changes {str(item.target).removeprefix('model.')} during forward "
-                f"({item.kind.name.lower()}); state inside a model cannot be captured. Pass it in and return it."
-            )
+            raise CaptureError(_mutation(model, item, spec))
         results.append(values[node])
     graph.output(tuple(results))
     free = [(n, t) for n, t in zip(spec.names, tensors, strict=True) if n not in weights]
@@ -326,6 +325,21 @@ def _program(
         outputs=tuple(f"out{i}" for i in range(len(results))),
     )
     return program.replace(functions={"step": drop_dead(program.step, "capture")})
+
+
+def _mutation(model: nn.Module, item: Any, spec: CallSpec) -> str:
+    """The sentence for a result of the graph that is a side effect of forward."""
+    target = str(item.target)
+    if item.kind is OutputKind.USER_INPUT_MUTATION:
+        name = spec.names[int(target.rpartition("_")[2])]  # arguments of _Flat: tensors_0, tensors_1, ...
+        return (
+            f"{type(model).__name__} changes its input {name} in place during forward; a graph leaves its inputs "
+            "alone. Write the result to a new tensor, or clone the input first."
+        )
+    return (
+        f"{type(model).__name__} changes {target.removeprefix('model.')} during forward ({item.kind.name.lower()}); "
+        "state inside a model cannot be captured. Pass it in and return it."
+    )
 
 
 def _identifier(name: str) -> str:
