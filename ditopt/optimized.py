@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -43,6 +44,13 @@ class OptimizedModule(nn.Module):
         self.__dict__["original"] = model
         self.__dict__["engine"] = engine
 
+        @functools.wraps(model.forward)  # pipelines inspect the signature of forward
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return engine(args, kwargs)
+
+        # here and not on the class: torch.compiler.disable imports Dynamo, which is slow and imports triton
+        self.__dict__["forward"] = torch.compiler.disable(forward, recursive=True, reason=_WHY)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -50,17 +58,6 @@ class OptimizedModule(nn.Module):
             if "original" not in self.__dict__:  # copy and pickle ask before there are any attributes
                 raise
             return getattr(self.__dict__["original"], name)
-
-    @torch.compiler.disable(recursive=True, reason=_WHY)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """One step, with the arguments and the return type of the model's own forward."""
-        with loaded(self.original):
-            return self.engine(args, kwargs)
-
-    def to(self, *args: Any, **kwargs: Any) -> OptimizedModule:
-        """Moves or casts the model in its own way. A later step on another device or dtype is a SessionError."""
-        self.original.to(*args, **kwargs)
-        return self
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: says so."""

@@ -132,22 +132,26 @@ def _runs(labels: np.ndarray, useful: Sequence[bool], start: int, stop: int) -> 
 
 
 class _Crossing:
-    """Which values cross a cut of the trace."""
+    """How many values cross a cut before each node of the trace: of those that depend on the latent, and of all.
+
+    What only moves values (split, join, cast) does not count beside what it moves: a stream that a block joins at its
+    beginning and splits at its end crosses once, joined or split.
+    """
 
     def __init__(self, nodes: Sequence[fx.Node], latent: Sequence[bool]) -> None:
         index = {n: i for i, n in enumerate(nodes)}
-        self.last = [
-            max((index.get(u, len(nodes)) for u in n.users), default=i) if n.target is not None else i
-            for i, n in enumerate(nodes)
-        ]
-        # what is computed from a whole (split, getitem) crosses as the parts, the tuple itself never does
-        self.counted = [not isinstance(n.meta["val"], (tuple, list)) for n in nodes]
+        inside = {a for n in nodes if _is_layout(n) for a in n.all_input_nodes}
+        last = [max((index.get(u, len(nodes)) for u in n.users), default=i) for i, n in enumerate(nodes)]
+        for i in reversed(range(len(nodes))):
+            if nodes[i] in inside:
+                last[i] = max([last[i], *(last[index[u]] for u in nodes[i].users if u in index and _is_layout(u))])
         deltas = np.zeros((2, len(nodes) + 2), dtype=int)
-        for i, end in enumerate(self.last):
-            if self.counted[i] and end > i:
+        for i, node in enumerate(nodes):
+            moved = _is_layout(node) and any(a in index for a in node.all_input_nodes)
+            if not moved and not isinstance(node.meta["val"], (tuple, list)) and last[i] > i:
                 for row in (0, 1) if latent[i] else (1,):
                     deltas[row, i + 1] += 1
-                    deltas[row, min(end, len(nodes)) + 1] -= 1
+                    deltas[row, min(last[i], len(nodes)) + 1] -= 1
         self.latent, self.all = (np.cumsum(d) for d in deltas)
 
 
@@ -229,13 +233,9 @@ def find_modules(body: Function, binding: Mapping[fx.Node, Binding]) -> list[Mod
         operands = [a for a in node.args if isinstance(a, fx.Node)]
         if node.target is aten.add.Tensor and len(operands) == 2:
             for old, branch in (operands, operands[::-1]):
-                if (
-                    old in stream
-                    and branch not in stream
-                    and binding[branch] & Binding.LATENT
-                    and _same_shape(old, node)
-                ):
-                    found = _branch(branch, stream, binding)
+                if old in stream and branch not in stream and _same_shape(old, node):
+                    # what does not depend on the latent (a position embedding) shifts the stream and is no module
+                    found = _branch(branch, stream, binding) if binding[branch] & Binding.LATENT else None
                     if found is not None and found.output not in {m.output for m in modules}:
                         modules.append(Module(found.role, found.output, frozenset(found.nodes - assigned)))
                         assigned |= found.nodes
