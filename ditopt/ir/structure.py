@@ -232,6 +232,9 @@ def find_modules(body: Function, binding: Mapping[fx.Node, Binding]) -> list[Mod
     for node in trace(body):
         operands = [a for a in node.args if isinstance(a, fx.Node)]
         if node.target is aten.add.Tensor and len(operands) == 2:
+            if all(a in stream for a in operands) and _same_shape(operands[0], node):
+                stream.add(node)  # a control residual, a position embedding of the prompt's length
+                continue
             for old, branch in (operands, operands[::-1]):
                 if old in stream and branch not in stream and _same_shape(old, node):
                     # what does not depend on the latent (a position embedding) shifts the stream and is no module
