@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ditopt.capture import bind
@@ -118,12 +117,10 @@ class Denoiser(OptimizedModule):
         super().__init__(engine)
         self.__dict__["link"] = link
 
-    @torch.compiler.disable(recursive=True, reason="see OptimizedModule.forward")  # type: ignore[misc]
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """One step, with the arguments and the return type of the model's own forward."""
+    def _step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         _refuse_hooks("the denoiser", self.original)
         self.link.follow(kwargs)
-        return super().forward(*args, **kwargs)
+        return super()._step(args, kwargs)
 
 
 class _Link:

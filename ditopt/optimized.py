@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class OptimizedModule(nn.Module):
 
         @functools.wraps(model.forward)  # pipelines inspect the signature of forward
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return engine(args, kwargs)
+            return self._step(args, kwargs)
 
         # here and not on the class: torch.compiler.disable imports Dynamo, which is slow and imports triton
         self.__dict__["forward"] = torch.compiler.disable(forward, recursive=True, reason=_WHY)
@@ -58,6 +58,15 @@ class OptimizedModule(nn.Module):
             if "original" not in self.__dict__:  # copy and pickle ask before there are any attributes
                 raise
             return getattr(self.__dict__["original"], name)
+
+    def _step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        with loaded(self.original):
+            return self.engine(args, kwargs)
+
+    def to(self, *args: Any, **kwargs: Any) -> OptimizedModule:
+        """Moves or casts the model in its own way. A later step on another device or dtype is a SessionError."""
+        self.original.to(*args, **kwargs)
+        return self
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: says so."""
