@@ -19,6 +19,7 @@ from ditopt.ir.parse import parse_program
 from ditopt.ir.program import Role
 from ditopt.ir.text import print_program
 from ditopt.ir.verify import verify
+from ditopt.offload import loaded
 from ditopt.optimized import OptimizedModule
 from ditopt.pipeline import Context, PassManager
 from ditopt.recipe import Recipe
@@ -57,10 +58,11 @@ def optimize(
         return optimize_pipeline(model, recipe, example_inputs=example_inputs, steps=steps, target=target, roles=roles)
     if not isinstance(model, nn.Module):
         raise BadInput(f"a {type(model).__name__} was given; ditopt optimizes an nn.Module or a diffusers pipeline")
-    engine = Engine(model, recipe, target, steps, roles)
-    if example_inputs is not None:
-        args, kwargs = _split(example_inputs)
-        engine.prepare(*bind(model, args, kwargs))
+    with loaded(model):
+        engine = Engine(model, recipe, target, steps, roles)
+        if example_inputs is not None:
+            args, kwargs = _split(example_inputs)
+            engine.prepare(*bind(model, args, kwargs))
     return OptimizedModule(engine)
 
 

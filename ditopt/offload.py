@@ -8,7 +8,6 @@ copies made for capture carry no hook. accelerate itself is never imported: its 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
@@ -16,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from ditopt.errors import BadInput, DitoptWarning
+from ditopt.errors import BadInput
 
 
 def move_hook(source: nn.Module, target: nn.Module) -> None:
@@ -65,24 +64,15 @@ def strip(model: nn.Module) -> None:
 
 
 @contextmanager
-def loaded(model: nn.Module) -> Iterator[None]:
-    """Weights that hooks of modules keep away are in place inside the block. Where there are some, one DitoptWarning
-    says that this costs the memory of the whole model."""
+def loaded(model: nn.Module) -> Iterator[bool]:
+    """Weights that hooks of modules keep away are in place inside the block: all at once, which takes the memory of
+    the whole model. Gives whether there are any."""
     found = [(m, h) for m in model.modules() if "_hf_hook" in vars(m) for h in _offloading(vars(m)["_hf_hook"])]
-    if not found:
-        yield
-        return
-    warnings.warn(
-        "the weights of this model are offloaded module by module, and a compiled step needs all of them at once: they "
-        "are loaded together for each step; enable_model_cpu_offload() needs no more memory and is faster",
-        DitoptWarning,
-        stacklevel=4,
-    )
     with ExitStack() as stack:
         for module, hook in found:
             stack.callback(hook.post_forward, module, None)
             hook.pre_forward(module)
-        yield
+        yield bool(found)
 
 
 def _offloading(hook: Any) -> list[Any]:

@@ -25,6 +25,11 @@ _WHY = (
     "each step"
 )
 
+_OFFLOADED = (
+    "the weights of this model are offloaded module by module, and a compiled step needs all of them at once: they are "
+    "loaded together for each step; enable_model_cpu_offload() needs no more memory and is faster"
+)
+
 
 class OptimizedModule(nn.Module):
     """A drop-in for the model: same weights (shared, not copied), same attributes, same calling convention.
@@ -43,6 +48,7 @@ class OptimizedModule(nn.Module):
         self.__dict__["training"] = False
         self.__dict__["original"] = model
         self.__dict__["engine"] = engine
+        self.__dict__["_told"] = False
 
         @functools.wraps(model.forward)  # pipelines inspect the signature of forward
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -60,7 +66,10 @@ class OptimizedModule(nn.Module):
             return getattr(self.__dict__["original"], name)
 
     def _step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        with loaded(self.original):
+        with loaded(self.original) as offloaded:
+            if offloaded and not self._told:
+                self.__dict__["_told"] = True
+                warnings.warn(_OFFLOADED, DitoptWarning, stacklevel=2)
             return self.engine(args, kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> OptimizedModule:

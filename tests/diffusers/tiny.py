@@ -49,7 +49,10 @@ class Words:
         return text.split()
 
     def __call__(self, text: Any, max_length: int | None = None, **_: Any) -> Any:
-        rows = [[2 + zlib.crc32(w.encode()) % (VOCABULARY - 3) for w in t.split()] for t in ([text] if isinstance(text, str) else text)]
+        rows = [
+            [2 + zlib.crc32(w.encode()) % (VOCABULARY - 3) for w in t.split()]
+            for t in ([text] if isinstance(text, str) else text)
+        ]
         length = max_length or max(len(r) for r in rows)
         padded = [(r + [VOCABULARY - 1] + [0] * length)[:length] for r in rows]
         mask = [[int(i <= len(r)) for i in range(length)] for r in rows]
@@ -180,7 +183,9 @@ def wan(experts: int = 1) -> Any:
     return WanPipeline(
         Words(),
         t5(UMT5EncoderModel, UMT5Config).eval(),
-        AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]).eval(),
+        AutoencoderKLWan(
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        ).eval(),
         UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         wan_denoiser(),
         wan_denoiser() if experts == 2 else None,
