@@ -54,7 +54,8 @@ def outline(program: Program, origin: str) -> Program:
             name = f"block{number}"
             # members may be read from outside in different places (the last block drops a stream): offer them all
             outputs = sorted(set().union(*(set(m.outputs) for m in members)))
-            model = members[-1]
+            # of those whose inputs have no gaps in memory where there are some: any layout can be copied to theirs
+            model = max(members, key=lambda m: (sum(_dense(n) for n in m.inputs), m is members[-1]))
             functions[name] = _body(name, model, outputs, origin)
             bodies |= {site.id: name for site in members}
             shapes[name] = (model, outputs)
@@ -162,6 +163,11 @@ def _call(e: Editor, site: _Site, model: _Site, outputs: Sequence[int], name: st
     for i, result in zip(outputs, results, strict=True):
         e.replace(e[site.nodes[i]], result, keep=inside)
         now[site.nodes[i]] = result
+
+
+def _dense(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    return bool(torch.empty_like(value).stride() == value.stride())  # keeps the strides of dense values, and only those
 
 
 def _as_strided_like(e: Editor, arg: fx.Node, like: fx.Node, at: fx.Node) -> fx.Node:

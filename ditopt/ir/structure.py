@@ -61,7 +61,7 @@ def find_blocks(function: Function, binding: Mapping[fx.Node, Binding]) -> list[
     crossing = _Crossing(sequence, latent)
     windows: list[_Window] = []
     for stage, (start, stop, period) in enumerate(sorted(_runs(labels, work, 0, len(sequence)))):
-        windows += [_Window(a, a + period, stage) for a in _cuts(crossing, start, stop, period)]
+        windows += [_Window(a, b, stage) for a, b in _cuts(sequence, crossing, start, stop, period)]
     windows = _with_odd_blocks(sequence, latent, windows)
     owner = {n: k for k, w in enumerate(windows) for n in sequence[w.start : w.stop]}
     for node in reversed(trace(function)):
@@ -132,40 +132,46 @@ def _runs(labels: np.ndarray, useful: Sequence[bool], start: int, stop: int) -> 
 
 
 class _Crossing:
-    """How many values cross a cut before each node of the trace: of those that depend on the latent, and of all.
-
-    What only moves values (split, join, cast) does not count beside what it moves: a stream that a block joins at its
-    beginning and splits at its end crosses once, joined or split.
-    """
+    """Which values cross a cut of the trace."""
 
     def __init__(self, nodes: Sequence[fx.Node], latent: Sequence[bool]) -> None:
         index = {n: i for i, n in enumerate(nodes)}
-        inside = {a for n in nodes if _is_layout(n) for a in n.all_input_nodes}
-        last = [max((index.get(u, len(nodes)) for u in n.users), default=i) for i, n in enumerate(nodes)]
-        for i in reversed(range(len(nodes))):
-            if nodes[i] in inside:
-                last[i] = max([last[i], *(last[index[u]] for u in nodes[i].users if u in index and _is_layout(u))])
+        self.last = [
+            max((index.get(u, len(nodes)) for u in n.users), default=i) if n.target is not None else i
+            for i, n in enumerate(nodes)
+        ]
+        # what is computed from a whole (split, getitem) crosses as the parts, the tuple itself never does
+        self.counted = [not isinstance(n.meta["val"], (tuple, list)) for n in nodes]
         deltas = np.zeros((2, len(nodes) + 2), dtype=int)
-        for i, node in enumerate(nodes):
-            moved = _is_layout(node) and any(a in index for a in node.all_input_nodes)
-            if not moved and not isinstance(node.meta["val"], (tuple, list)) and last[i] > i:
+        for i, end in enumerate(self.last):
+            if self.counted[i] and end > i:
                 for row in (0, 1) if latent[i] else (1,):
                     deltas[row, i + 1] += 1
-                    deltas[row, min(last[i], len(nodes)) + 1] -= 1
+                    deltas[row, min(end, len(nodes)) + 1] -= 1
         self.latent, self.all = (np.cumsum(d) for d in deltas)
 
 
-def _cuts(reach: _Crossing, start: int, stop: int, period: int) -> list[int]:
-    """Starts of the blocks in a periodic stretch: the phase at which the fewest values cross from block to block."""
+def _cuts(nodes: Sequence[fx.Node], reach: _Crossing, start: int, stop: int, period: int) -> list[tuple[int, int]]:
+    """The blocks in a periodic stretch: at the phase at which the fewest values cross from block to block.
+
+    Where the stretch ends before the splits and joins that end a block (the last one drops a stream), the blocks are
+    cut before them too, so that it is one of them.
+    """
     options = []
     for phase in range(period):
         copies = (stop - start - phase) // period
+        tail = start + phase + (copies + 1) * period
+        short = max(tail - stop, 0)
+        if 0 < short < period and all(_is_join(n) for n in nodes[stop - period : tail - period]):
+            copies += 1
+        else:
+            short = 0
         inner = [start + phase + k * period for k in range(1, copies + (copies == 1))]
         if copies < 2:
             continue
-        options.append((int(reach.latent[inner].max()), -copies, int(reach.all[inner].max()), phase, copies))
-    _, _, _, phase, copies = min(options)
-    return [start + phase + k * period for k in range(copies)]
+        options.append((int(reach.latent[inner].max()), -copies, int(reach.all[inner].max()), phase, copies, short))
+    _, _, _, phase, copies, short = min(options)
+    return [(a, a + period - short) for a in range(start + phase, start + phase + copies * period, period)]
 
 
 def _with_odd_blocks(nodes: Sequence[fx.Node], latent: Sequence[bool], windows: list[_Window]) -> list[_Window]:
@@ -174,16 +180,14 @@ def _with_odd_blocks(nodes: Sequence[fx.Node], latent: Sequence[bool], windows: 
     stage = 0
     for i, window in enumerate(windows):
         out.append(_Window(window.start, window.stop, stage))
-        following = windows[i + 1].start if i + 1 < len(windows) else len(nodes)
-        if following == window.stop:
-            continue
-        gap = range(window.stop, following)
-        if any(latent[k] and is_attention(nodes[k]) for k in gap):
-            end = _last_residual(nodes, window.stop, following)
+        follows = windows[i + 1] if i + 1 < len(windows) else None
+        stop = follows.start if follows is not None else len(nodes)
+        if any(latent[k] and is_attention(nodes[k]) for k in range(window.stop, stop)):
+            end = _last_residual(nodes, window.stop, stop)
             if end is not None:
                 stage += 1
                 out.append(_Window(window.stop, end, stage))
-        stage += 1
+        stage += follows is not None and follows.stage != window.stage
     return out
 
 
@@ -261,7 +265,12 @@ def _same_shape(a: fx.Node, b: fx.Node) -> bool:
 
 def _is_layout(node: fx.Node) -> bool:
     """Operators that move the values of a stream without computing: joining, splitting, casting."""
-    return node.target in CASTS or node.target in {
+    return node.target in CASTS or _is_join(node)
+
+
+def _is_join(node: fx.Node) -> bool:
+    """Operators that join or split streams."""
+    return node.target in {
         aten.cat.default,
         aten.slice.Tensor,
         aten.split.Tensor,
