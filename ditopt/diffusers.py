@@ -8,6 +8,7 @@ scheduler is a plain one; a scheduler that the user puts in its place is hooked 
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from ditopt.roles import is_time
 from ditopt.runtime.session import Session
 
 _HOOKED = ("set_timesteps", "step", "__getstate__")
+_AROUND = ("encoder", "controlnet", "vae", "adapter")  # words in the names of components that take a time as well
 
 
 def optimize_pipeline(
@@ -99,7 +101,7 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
         )
     named = [n for n in modules if "transformer" in n or "unet" in n]
     # A few pipelines call theirs otherwise; what takes a time is in the loop, except what conditions the denoiser.
-    timed = [n for n, m in modules.items() if _takes_time(m) and not any(w in n for w in ("encoder", "controlnet", "vae", "adapter"))]
+    timed = [n for n, m in modules.items() if _takes_time(m) and not any(word in n for word in _AROUND)]
     names = sorted(named or timed, key=lambda n: (n != "transformer", n != "unet", n))
     if not names:
         listed = ", ".join(f"{n} ({type(c).__name__})" for n, c in pipe.components.items())
@@ -179,7 +181,8 @@ class _Hook:
         self._install()
 
     def _install(self) -> None:
-        scheduler, own = self._scheduler, {n: getattr(self._scheduler, n) for n in _HOOKED if hasattr(self._scheduler, n)}
+        scheduler = self._scheduler
+        own = {name: getattr(scheduler, name) for name in _HOOKED if hasattr(scheduler, name)}
 
         # Plain functions on purpose: deepcopy of the scheduler's __dict__ (pipelines do that) leaves them as they are.
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:
@@ -302,8 +305,6 @@ def _refuse_hooks(name: str, model: nn.Module) -> None:
 
 
 def _takes_time(model: nn.Module) -> bool:
-    import inspect
-
     return any(is_time(name) for name in inspect.signature(model.forward).parameters)
 
 

@@ -74,7 +74,8 @@ class Engine:
         self._given: dict[str, Tensor] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="ditopt-") if self.target == "onnxruntime" else None
         self._place = _place(model)
-        self._modules: list[int] | None = None
+        self._captured: _Snapshot | None = None
+        self._seen: int | None = None  # the request in which the model was last compared with what was captured
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """One step of the model, by its own calling convention."""
@@ -91,7 +92,7 @@ class Engine:
         found = self.compiled.get(spec.key)
         if found is None:
             found = self._compile(capture(self.model, spec, tensors, self.roles, self.weights))
-            self._modules = self._modules or self._structure()
+            self._captured = self._captured or _Snapshot(self.model)
             if len(self.compiled) >= SIGNATURES:
                 _, oldest = self.compiled.popitem(last=False)
                 self.session.forget(oldest.plan)
@@ -109,7 +110,7 @@ class Engine:
         self.session.reset()
         self.session.forget()
         self.compiled.clear()
-        self._modules, self._place = None, _place(self.model)
+        self._captured, self._place = None, _place(self.model)
 
     def _compile(self, captured: Captured) -> Compiled:
         recipe = self.recipe
@@ -158,17 +159,24 @@ class Engine:
                 live.append((name, home, leaf))
         return lambda: {**fixed, **{name: home[leaf] for name, home, leaf in live}}
 
-    def _structure(self) -> list[int]:
-        return [id(m) for m in self.model.modules()]
-
     def _check(self) -> None:
         if self.weights:
             return  # Dynamo guards the module it traced
-        if self._modules is not None and self._structure() != self._modules:
+        if self._captured is not None and self._captured.exchanged():
             raise SessionError(
                 "the model's modules were exchanged after optimize (an adapter was loaded or unloaded?); call "
                 "ditopt.optimize again, or refresh() to capture it as it is now"
             )
+        request = self.session.clock.running
+        if self._captured is not None and (request is None or request != self._seen):
+            changed = self._captured.changed()
+            if changed:
+                raise SessionError(
+                    f"{changed} of the model changed after optimize, and the compiled steps hold its old value (an "
+                    "adapter was fused, scaled or switched, or an attention processor set?); call ditopt.optimize "
+                    "again, or refresh() to capture the model as it is now"
+                )
+            self._seen = request
         if self.compiled and _place(self.model) != self._place:
             (old_dtype, old_device), (dtype, device) = self._place, _place(self.model)
             raise SessionError(
@@ -177,6 +185,56 @@ class Engine:
             )
         if not self.compiled:
             self._place = _place(self.model)
+
+
+class _Snapshot:
+    """A model as it was captured: its modules, and the Python values in them that a graph holds fixed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._modules = dict(model.named_modules())  # held, so that no later module is taken for one that is gone
+        self._values = {name: _values(module) for name, module in self._modules.items()}
+
+    def exchanged(self) -> bool:
+        """Whether a module came, went or was replaced."""
+        now = list(self._model.modules())
+        return len(now) != len(self._modules) or any(
+            a is not b for a, b in zip(now, self._modules.values(), strict=True)
+        )
+
+    def changed(self) -> str:
+        """The dotted name of a value that changed, or ""."""
+        for path, module in self._modules.items():
+            now, before = _values(module), self._values[path]
+            if now != before:
+                names = [k for k in {**before, **now} if now.get(k) != before.get(k)]
+                return f"{path}.{names[0]}".lstrip(".")
+        return ""
+
+
+_SCALARS = (bool, int, float, str)
+_UNWATCHED = frozenset(
+    # nn.Module's own, offload hooks, and what does not matter without gradients
+    [*vars(nn.Module()), "forward", "_old_forward", "_hf_hook", "_diffusers_hook", "gradient_checkpointing"]
+)
+
+
+def _values(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that decide what its forward does: numbers and texts, flat containers of them by
+    content, and callables (attention processors) by identity."""
+    found: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if name in _UNWATCHED:
+            continue
+        if isinstance(value, _SCALARS):
+            found[name] = repr(value)  # NaN differs from itself
+        elif isinstance(value, (list, tuple, dict)):
+            inner = value.values() if isinstance(value, dict) else value
+            if all(isinstance(v, _SCALARS) for v in inner):
+                found[name] = repr(value)
+        elif callable(value) and not isinstance(value, (nn.Module, type)):
+            found[name] = value
+    return found
 
 
 def _place(model: nn.Module) -> tuple[torch.dtype, torch.device]:

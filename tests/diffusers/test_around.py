@@ -1,5 +1,7 @@
 """The pipeline around an optimized denoiser: what it reads, what restore leaves, bad input, changed weights."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 import ditopt
 from ditopt.errors import BadInput, CaptureError, RecipeError, SessionError
 from tests.diffusers.tiny import make, run
-from tests.diffusers.use import FORA, Stop, computed, fresh, plain, shared
+from tests.diffusers.use import FORA, Stop, fresh, plain, shared
 
 
 def test_what_a_pipeline_reads_of_its_denoiser():
@@ -30,7 +32,7 @@ def test_a_pipeline_on_another_dtype_says_to_optimize_again():
     run(pipe, "sd3")
     pipe.to(torch.float64)
     assert pipe.transformer.original.dtype == torch.float64
-    with pytest.raises(SessionError, match="optimized as torch.float32"):
+    with pytest.raises(SessionError, match=r"optimized as torch\.float32"):
         run(pipe, "sd3")
     pipe.to(torch.float32)
     assert torch.equal(run(pipe, "sd3"), fresh("sd3", FORA))
@@ -66,14 +68,15 @@ def test_bad_input_leaves_the_pipeline_as_it_was():
     pipe = make("sd3")
     before, scheduler = dict(vars(pipe)), set(vars(pipe.scheduler))
     bad = torch.zeros(1, 4, 8, 8)
-    for arguments, error in [
+    cases: list[tuple[dict[str, Any], type[Exception]]] = [
         ({"recipe": "nonsense"}, RecipeError),
         ({"target": "abacus"}, BadInput),
         ({"steps": 0}, BadInput),
         ({"example_inputs": 3}, BadInput),
         ({"example_inputs": {"nothing": bad}}, BadInput),
         ({"example_inputs": {"hidden_states": bad}}, CaptureError),
-    ]:
+    ]
+    for arguments, error in cases:
         with pytest.raises(error):
             ditopt.optimize(pipe, **{"target": "eager", **arguments})
         assert vars(pipe) == before
@@ -107,6 +110,42 @@ def test_an_adapter_loaded_after_optimize_is_not_ignored():
     adapted = run(pipe, "sd3")
     assert not torch.equal(adapted, plain("sd3"))
     assert torch.equal(run(ditopt.restore(pipe), "sd3"), adapted)
+
+
+class Scaled(nn.Module):
+    """An adapter as peft makes them: its weights can be merged, its scale set."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.down, self.up = base, nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
+        self.scaling, self.merged_adapters = {"default": 1.0}, []
+
+    def forward(self, x):
+        extra = 0 if self.merged_adapters else self.up(self.down(x)) * self.scaling["default"]
+        return self.base(x) + extra
+
+
+def test_an_adapter_scaled_or_fused_after_optimize_is_not_ignored():
+    pipe = make("sd3")
+    block = pipe.transformer.transformer_blocks[1]
+    adapter = block.attn.to_q = Scaled(block.attn.to_q)
+    ditopt.optimize(pipe, "lossless", target="eager")
+    first = run(pipe, "sd3")
+    adapter.scaling["default"] = 0.5
+    with pytest.raises(SessionError, match=r"transformer_blocks\.1\.attn\.to_q\.scaling of the model changed"):
+        run(pipe, "sd3")
+    adapter.scaling["default"] = 1.0
+    assert torch.equal(run(pipe, "sd3"), first)
+    adapter.merged_adapters.append("default")
+    with pytest.raises(SessionError, match="merged_adapters"):
+        run(pipe, "sd3")
+    adapter.merged_adapters.clear()
+    own = block.attn.processor
+    block.attn.processor = type(own)()
+    with pytest.raises(SessionError, match="processor"):
+        run(pipe, "sd3")
+    pipe.transformer.refresh()
+    assert torch.equal(run(pipe, "sd3"), first)
 
 
 def test_weights_fused_in_place_are_seen():

@@ -1,4 +1,6 @@
-"""CPU offload around an optimized denoiser, with accelerate's own hooks. The device is the CPU, the mechanism is real."""
+"""CPU offload around an optimized denoiser, by accelerate's own hooks. The device is the CPU, the mechanism real."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -152,9 +154,10 @@ def test_caches_of_diffusers_are_refused():
 
 
 def test_a_bare_model_whose_modules_are_offloaded():
-    model, given = make("sd3").transformer, {"return_dict": False}
+    model = make("sd3").transformer
     shapes = {"hidden_states": (1, 4, 8, 8), "encoder_hidden_states": (1, 6, 32), "pooled_projections": (1, 32)}
-    given.update({name: torch.randn(shape) for name, shape in shapes.items()}, timestep=torch.full((1,), 500.0))
+    given: dict[str, Any] = {name: torch.randn(shape) for name, shape in shapes.items()}
+    given |= {"timestep": torch.full((1,), 500.0), "return_dict": False}
     want = model(**given)[0]
     cpu_offload(model, torch.device("cpu"))
     fast = ditopt.optimize(model, "lossless", target="eager")

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -132,7 +133,10 @@ def test_callbacks_change_what_the_next_step_sees():
     def halve(pipe_, index, time, kwargs):
         return {"latents": kwargs["latents"] * 0.5, "prompt_embeds": kwargs["prompt_embeds"] + index}
 
-    request = {"callback_on_step_end": halve, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    request: dict[str, Any] = {
+        "callback_on_step_end": halve,
+        "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"],
+    }
     want = run(make("wan"), "wan", **request)
     assert torch.equal(run(shared("wan", "lossless"), "wan", **request), want)
     assert not torch.equal(want, plain("wan"))

@@ -93,7 +93,7 @@ def test_image_to_image_runs_the_steps_that_remain():
         "strength": 0.5,
         "guidance_scale": 1.0,
         "output_type": "latent",
-        **{k: v for k, v in ARGUMENTS["sd3"].items()},
+        **ARGUMENTS["sd3"],
     }
     other = StableDiffusion3Img2ImgPipeline(**parts)
     other.set_progress_bar_config(disable=True)

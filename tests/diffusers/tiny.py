@@ -218,7 +218,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 ARGUMENTS["wan2"] = ARGUMENTS["wan"]
 
 
-def run(pipe: Any, name: str, steps: int = 6, guided: bool = True, seed: int = 0, **more: Any) -> Tensor:
+def run(pipe: Any, name: str, steps: int | None = 6, guided: bool = True, seed: int = 0, **more: Any) -> Tensor:
     """The latents of one request."""
     scale = {"guidance_scale": 4.0 if guided else 1.0}
     if name == "flux":

@@ -32,7 +32,7 @@ def fresh(name, recipe, **request):
 
 def computed(denoiser):
     """By guidance branch: the steps that computed, and the number of calls, in the last request."""
-    found = {}
+    found: dict[int, tuple[list[int], list[int]]] = {}
     for row in denoiser.schedule_rows:
         steps, calls = found.setdefault(row.branch, ([], []))
         calls.append(row.step)
