@@ -91,10 +91,10 @@ def _flow(
         elif node.op == "call_function":
             skip = METADATA_ONLY.get(node.target, ())
             local[node] = Binding(0)
-            ignored = {a for i, a in enumerate(node.args) if i in skip}
-            for used in node.all_input_nodes:
-                if used not in ignored:
-                    local[node] |= local[used]
+            read: list[fx.Node] = []
+            fx.map_arg(([a for i, a in enumerate(node.args) if i not in skip], node.kwargs), read.append)
+            for used in read:
+                local[node] |= local[used]
         else:
             local[node] = Binding(0)
     for node, binding in local.items():

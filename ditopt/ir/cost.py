@@ -31,8 +31,15 @@ def _addmm(node: fx.Node) -> int:
 
 
 def _convolution(node: fx.Node) -> int:
+    if node.target is aten.convolution.default and node.args[6]:
+        return _transposed(node)
     weight = _shape(node.args[1])  # (out, in / groups, *kernel)
     return 2 * math.prod(_shape(node)) * math.prod(weight[1:])
+
+
+def _transposed(node: fx.Node) -> int:
+    weight = _shape(node.args[1])  # (in, out / groups, *kernel)
+    return 2 * math.prod(_shape(node.args[0])) * math.prod(weight[1:])
 
 
 def _attention(node: fx.Node) -> int:
@@ -44,10 +51,15 @@ def _einsum(node: fx.Node) -> int:
     equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
     if len(operands) < 2:
         return 0  # a permutation or a sum, no product
+    terms, _, result = equation.partition("->")
+    if not result:
+        result = "".join(c for c in terms if terms.count(c) == 1)
     sizes: dict[str, int] = {}
-    for term, operand in zip(equation.split("->")[0].split(","), operands, strict=True):
-        sizes.update(zip(term, _shape(operand), strict=False))
-    return 2 * math.prod(sizes.values())
+    for term, operand in zip(terms.split(","), operands, strict=True):
+        head, _, tail = term.partition("...")  # the letters after an ellipsis count from the right
+        sizes.update(zip(head, _shape(operand), strict=False))
+        sizes.update(zip(reversed(tail), reversed(_shape(operand)), strict=False))
+    return 2 * math.prod(_shape(node)) * math.prod(size for letter, size in sizes.items() if letter not in result)
 
 
 _COUNT: dict[Any, Callable[[fx.Node], int]] = {
@@ -62,7 +74,13 @@ _COUNT: dict[Any, Callable[[fx.Node], int]] = {
     aten.conv1d.default: _convolution,
     aten.conv2d.default: _convolution,
     aten.conv3d.default: _convolution,
+    aten.conv1d.padding: _convolution,
+    aten.conv2d.padding: _convolution,
+    aten.conv3d.padding: _convolution,
     aten.convolution.default: _convolution,
+    aten.conv_transpose1d.default: _transposed,
+    aten.conv_transpose2d.input: _transposed,
+    aten.conv_transpose3d.input: _transposed,
     aten.scaled_dot_product_attention.default: _attention,
 }
 

@@ -59,9 +59,8 @@ def find_blocks(function: Function, binding: Mapping[fx.Node, Binding]) -> list[
     latent = [bool(binding[n] & Binding.LATENT) for n in sequence]
     work = [a and (is_attention(n) or is_matmul(n)) for a, n in zip(latent, sequence, strict=True)]
     crossing = _Crossing(sequence, latent)
-    windows: list[_Window] = []
-    for stage, (start, stop, period) in enumerate(sorted(_runs(labels, work, 0, len(sequence)))):
-        windows += [_Window(a, b, stage) for a, b in _cuts(sequence, crossing, start, stop, period)]
+    runs = _runs(sequence, labels, work, crossing, 0, len(sequence))
+    windows = [_Window(a, b, stage) for stage, run in enumerate(runs) for a, b in run]
     windows = _with_odd_blocks(sequence, latent, windows)
     owner = {n: k for k, w in enumerate(windows) for n in sequence[w.start : w.stop]}
     for node in reversed(trace(function)):
@@ -103,10 +102,13 @@ def _type(value: Any) -> str:
     return f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
 
 
-def _runs(labels: np.ndarray, useful: Sequence[bool], start: int, stop: int) -> list[tuple[int, int, int]]:
-    """Stretches [start, stop) that repeat with a period, the longest first, then what is left and right of it."""
+def _runs(
+    nodes: Sequence[fx.Node], labels: np.ndarray, work: Sequence[bool], reach: _Crossing, start: int, stop: int
+) -> list[list[tuple[int, int]]]:
+    """Runs of equal blocks in the order of the trace: the longest stretch that repeats, cut into blocks, then what is
+    left and right of them."""
     best: tuple[int, int, int, int] | None = None
-    count = np.concatenate([[0], np.cumsum(useful)])
+    count = np.concatenate([[0], np.cumsum(work)])
     part = labels[start:stop]
     for period in range(4, len(part) // 2 + 1):
         equal = np.flatnonzero(part[:-period] != part[period:])
@@ -127,8 +129,9 @@ def _runs(labels: np.ndarray, useful: Sequence[bool], start: int, stop: int) -> 
     if best is None:
         return []
     _, first, last, period = best
-    left, right = _runs(labels, useful, start, first), _runs(labels, useful, last, stop)
-    return [*left, (first, last, period), *right]
+    cuts = _cuts(nodes, reach, first, last, period)
+    left = _runs(nodes, labels, work, reach, start, cuts[0][0])
+    return [*left, cuts, *_runs(nodes, labels, work, reach, cuts[-1][1], stop)]
 
 
 class _Crossing:
