@@ -24,7 +24,7 @@ from torch import fx
 from ditopt.errors import RecipeError
 from ditopt.ir import example
 from ditopt.ir.binding import Binding, bind
-from ditopt.ir.edit import Editor, replace_functions
+from ditopt.ir.edit import Editor, prune, replace_functions
 from ditopt.ir.outline import clone_body
 from ditopt.ir.program import (
     Decision,
@@ -33,12 +33,12 @@ from ditopt.ir.program import (
     Interval,
     Predictor,
     Program,
-    StateSlot,
     TensorType,
     call_args,
     callee,
     is_call,
 )
+from ditopt.ir.reuse import Reuse, coefficients, dense, dense_type, predict
 from ditopt.ir.select import Selection, select_regions
 from ditopt.ir.structure import find_modules, stream_origins
 from ditopt.ops import select
@@ -102,7 +102,7 @@ class Cache(Pass):
                 return Outcome(program, 0, (f"{region} is cached already by an earlier cache",))
         work = _Rewrite(self, program)
         work.apply(selections)
-        if not work.slots:
+        if not work.reuse.groups:
             return Outcome(program, 0, tuple(work.refused) or ("nothing that leaves the region depends on the latent",))
         return Outcome(work.program(), len(work.regions), tuple(work.refused))
 
@@ -119,22 +119,18 @@ class Cache(Pass):
 
 
 class _Rewrite:
-    """The rewrite of one ``cache``: collects regions and slots while it edits."""
+    """The rewrite of one ``cache``: collects regions and what is kept of them while it edits."""
 
     def __init__(self, options: Cache, program: Program) -> None:
         self.o = options
         self.before = program
         self.name = f"cache{len(program.decisions)}"
-        self.weights = f"{self.name}.weights" if options.order else ""
         self.regions: list[str] = []
         self.refused: list[str] = []
-        self.slots: list[tuple[str, ...]] = []
-        self.types: list[StateSlot] = []
         self.binding = bind(program)
         self.functions: dict[str, Function] = {}
         self.e = Editor(program.step, "cache")
-        self._state: dict[str, fx.Node] = {}
-        self._new: dict[str, fx.Node] = {}
+        self.reuse = Reuse(self.e, self.name, options.order)
 
     def apply(self, selections: Sequence[Selection]) -> None:
         modules: dict[str, list[str]] = {}
@@ -149,70 +145,38 @@ class _Rewrite:
         self._modules(modules)
 
     def program(self) -> Program:
-        old = self.before.step
-        self.e.set_results([*self.e.results, *self._new.values()], [*old.state_out, *self._new])
-        self.e.drop_dead()
+        self.reuse.finish(self.before.step.state_out)
         decision = Decision(
             self.name,
             tuple(self.regions),
             Interval(self.o.every, self.o.first, self.o.last, self.o.mask),
             Predictor(self.o.predictor, self.o.order, self.o.time),
-            tuple(self.slots),
-            self.weights,
+            tuple(self.reuse.groups),
+            self.reuse.weights,
         )
-        changed = {**self.functions, self.before.entry: self.e.function()}
-        used = {callee(n) for n in changed[self.before.entry].graph.nodes if is_call(n)}
-        out = replace_functions(self.before, changed)
-        keep = {k: f for k, f in out.functions.items() if k not in _bodies(self.before) or k in used}
-        return out.replace(
-            functions=keep,
-            state=(*out.state, *self.types),
-            decisions=(*out.decisions, decision),
-            regions=_moved(out, changed),
-        )
-
-    # -- values ----------------------------------------------------------------------------------------------------
-
-    def _slots(self, value: Any) -> list[fx.Node]:
-        """Placeholders of new state slots for a value of this type, newest first."""
-        group = tuple(f"{self.name}.{len(self.slots)}.{i}" for i in range(self.o.order + 1))
-        self.slots.append(group)
-        out = []
-        for slot in group:
-            self.types.append(StateSlot(slot, TensorType.of(value)))
-            out.append(self.e.placeholder(slot.replace(".", "_"), Formal("state", slot), value))
-        return out
-
-    def _control(self) -> fx.Node | None:
-        if not self.weights:
-            return None
-        if self.weights not in self._state:
-            with self.e._mode:
-                value = torch.empty(self.o.order + 1)
-            self._state[self.weights] = self.e.placeholder(
-                f"{self.name}_weights", Formal("control", self.weights), value
+        step = self.e.function()
+        body = {str(n.meta["region"]): callee(n) for n in step.graph.nodes if is_call(n)}
+        out = replace_functions(self.before, {**self.functions, self.before.entry: step})
+        regions = (dataclasses.replace(r, function=body[r.id]) if r.id in body else r for r in out.regions)
+        return prune(
+            out.replace(
+                state=(*out.state, *self.reuse.types),
+                decisions=(*out.decisions, decision),
+                regions=tuple(regions),
             )
-        return self._state[self.weights]
+        )
 
-    def _update(self, slots: Sequence[fx.Node], new: fx.Node) -> None:
-        """Each slot takes the value before it, the first the new one, where the step computes."""
-        names = self.slots[[s[0] for s in self.slots].index(slots[0].meta["formal"].ref)]
-        for name, slot, value in zip(names, slots, [new, *slots[:-1]], strict=True):
-            self._new[name] = self.e.op(select, value, slot, self.name)
-
-    def _cached(self, value: fx.Node, base: fx.Node | None, region: str) -> fx.Node:
-        """What readers of ``value`` read from now on."""
+    def _cached(self, value: fx.Node, base: fx.Node | None) -> fx.Node:
+        """What readers of ``value`` read from now on; with ``base`` the difference to it is kept."""
         value = dense(self.e, value, value.next)
-        slots = self._slots(value.meta["val"])
-        after = max([value, *([base] if base is not None else [])], key=list(self.e.graph.nodes).index)
-        at = after.next
-        kept = value if base is None else self.e.op(aten.sub.Tensor, value, base, at=at, region=region)
-        guess = predict(self.e, slots, self._control(), at, region)
+        at = max([value, *([base] if base is not None else [])], key=list(self.e.graph.nodes).index).next
+        kept = value if base is None else self.e.op(aten.sub.Tensor, value, base, at=at)
+        slots = self.reuse.slots(kept.meta["val"])
+        guess = predict(self.e, slots, self.reuse.control(), at)
         if base is not None:
-            guess = self.e.op(aten.add.Tensor, base, guess, at=at, region=region)
-        chosen = self.e.op(select, value, guess, self.name, at=at, region=region)
-        self._update(slots, kept)
-        return chosen
+            guess = self.e.op(aten.add.Tensor, base, guess, at=at)
+        self.reuse.keep(slots, kept)
+        return self.e.op(select, value, guess, self.name, at=at)
 
     # -- regions ---------------------------------------------------------------------------------------------------
 
@@ -222,7 +186,7 @@ class _Rewrite:
         for i in range(self.before.step.n_results):
             if self.binding[old[i]] & Binding.LATENT and old[i].op != "placeholder":
                 base = self._latent_like(old[i]) if self.o.residual == "yes" else None
-                results[i] = self._cached(results[i], base, "")
+                results[i] = self._cached(results[i], base)
         self.e.set_results(results)
         self.regions.append("model")
 
@@ -245,7 +209,7 @@ class _Rewrite:
                 continue
             base = None if self.o.residual == "no" else self._entry_of(value, first, inside)
             node = self.e[value]
-            chosen = self._cached(node, None if base is None else self.e[base], "")
+            chosen = self._cached(node, None if base is None else self.e[base])
             for reader in readers:
                 self.e[reader].replace_input_with(node, chosen) if reader.op != "output" else self._output(node, chosen)
         self.regions.extend(sorted(ids, key=lambda i: int(i.split(".")[1])))
@@ -311,8 +275,8 @@ class _Rewrite:
             if not values:
                 self.refused.append(f"{block}: {' and '.join(key[1])} add nothing to the stream that could be cached")
                 continue
-            slots = [self._slots(v) for v in values]
-            control = self._control()
+            slots = [self.reuse.slots(v) for v in values]
+            control = self.reuse.control()
             node = self.e[call]
             more = [s for group in slots for s in group] + ([control] if control is not None else [])
             old = len(self.before.functions[callee(call)].results)
@@ -321,7 +285,7 @@ class _Rewrite:
             for user in list(node.users):
                 user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
             for group, result in zip(slots, results[old:], strict=True):
-                self._update(group, result)
+                self.reuse.keep(group, result)
             self.regions.extend(f"{block}.{role}" for role in wanted[block])
 
     def _cached_body(self, name: str, roles: tuple[str, ...]) -> tuple[str, list[Any]]:
@@ -333,60 +297,18 @@ class _Rewrite:
         new = f"{name}_{self.name}" if len(roles) > 1 else f"{name}_{self.name}_{roles[0]}"
         with clone_body(body, new, "cache") as e:
             kept: list[fx.Node] = []
-            types = [_dense_type(m.output.meta["val"]) for m in modules]
+            types = [dense_type(m.output.meta["val"]) for m in modules]
             groups = [[_formal(e, f"h{k}_{i}", t) for i in range(self.o.order + 1)] for k, t in enumerate(types)]
-            with e._mode:
-                control = _formal(e, "weights", torch.empty(self.o.order + 1)) if self.o.order else None
+            control = _formal(e, "weights", coefficients(e, self.o.order)) if self.o.order else None
             for module, slots in zip(modules, groups, strict=True):
                 node, at = e[module.output], e[module.output].next
                 kept.append(dense(e, node, at))
-                guess = predict(e, slots, control, at, "")
+                guess = predict(e, slots, control, at)
                 e.replace(node, e.op(select, kept[-1], guess, self.name, at=at), keep=kept)
             e.set_results([*e.results, *kept])
         self.functions[new] = e.function(new)
         return new, types
 
 
-def predict(e: Editor, slots: Sequence[fx.Node], weights: fx.Node | None, at: fx.Node, region: str) -> fx.Node:
-    """Nodes for the sum of ``weights[i] * slots[i]`` in at least float32, cast back; one slot is taken as it is."""
-    if weights is None:
-        return slots[0]
-    dtype = slots[0].meta["val"].dtype
-    half = dtype in (torch.float16, torch.bfloat16)
-    total = None
-    for i, slot in enumerate(slots):
-        term = e.op(aten._to_copy.default, slot, at=at, region=region, dtype=torch.float32) if half else slot
-        term = e.op(
-            aten.mul.Tensor, term, e.op(aten.select.int, weights, 0, i, at=at, region=region), at=at, region=region
-        )
-        total = term if total is None else e.op(aten.add.Tensor, total, term, at=at, region=region)
-    assert total is not None
-    return e.op(aten._to_copy.default, total, at=at, region=region, dtype=dtype) if half else total
-
-
-def dense(e: Editor, node: fx.Node, at: fx.Node) -> fx.Node:
-    """``node``, or where it is a view with gaps (a stream split from a joined one) a copy without: what a slot holds."""
-    if _dense_type(node.meta["val"]) is node.meta["val"]:
-        return node
-    region = str(node.meta["region"])
-    return e.op(aten.clone.default, node, at=at, region=region, memory_format=torch.contiguous_format)
-
-
-def _dense_type(value: Any) -> Any:
-    """The (fake) value itself where its memory has no gaps, else its contiguous likeness."""
-    like = torch.empty_like(value)  # keeps the strides of dense values, and only of those
-    return value if like.stride() == value.stride() else value.contiguous()
-
-
 def _formal(e: Editor, name: str, value: Any) -> fx.Node:
     return e.placeholder(name, Formal("formal", name), value)
-
-
-def _bodies(program: Program) -> set[str]:
-    return {callee(n) for n in program.calls()}
-
-
-def _moved(program: Program, changed: dict[str, Function]) -> tuple[Any, ...]:
-    """Regions whose block now calls another body."""
-    now = {str(n.meta["region"]): callee(n) for n in changed[program.entry].graph.nodes if is_call(n)}
-    return tuple(dataclasses.replace(r, function=now[r.id]) if r.id in now else r for r in program.regions)

@@ -93,7 +93,8 @@ def without_likeness(e: Editor, node: fx.Node) -> fx.Node | None:
     new = e.op(aten.full.default, shape, _FILL[node.target](node), at=node, region=node.meta["region"], **made)
     if order == sorted(order):
         return new
-    return e.op(aten.permute.default, new, [order.index(d) for d in range(value.ndim)], at=node, region=node.meta["region"])
+    back = [order.index(d) for d in range(value.ndim)]
+    return e.op(aten.permute.default, new, back, at=node, region=node.meta["region"])
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Editor:
         self._map: dict[fx.Node, fx.Node] = {}
         results = self.graph.graph_copy(function.graph, self._map)
         self._output = self.graph.output(results)
-        self._mode = fake_mode_of([n.meta["val"] for n in self.graph.nodes if n.op == "placeholder"])
+        self.mode = fake_mode_of([n.meta["val"] for n in self.graph.nodes if n.op == "placeholder"])
 
     def __enter__(self) -> Editor:
         return self
@@ -85,7 +85,7 @@ class Editor:
         with where:
             node = self.graph.call_function(target, args, kwargs)
         values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self._mode, torch.no_grad():
+        with self.mode, torch.no_grad():
             node.meta["val"] = target(*values, **named)
         node.meta.update(region=region, origin=self._origin)
         return node

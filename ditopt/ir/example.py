@@ -24,7 +24,7 @@ class Builder:
         graph.output(())
         self._e = Editor(Function("step", graph), "example")
         self._mode = FakeTensorMode()
-        self._e._mode = self._mode
+        self._e.mode = self._mode
         self._inputs: list[Input] = []
         self._params: dict[str, torch.Tensor] = {}
         self._generator = torch.Generator().manual_seed(0)
