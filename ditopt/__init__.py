@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ditopt import errors, measure, zoo
-    from ditopt.api import explain, export_onnx, load, optimize, restore, save
+    from ditopt.api import explain, export_onnx, optimize, restore
     from ditopt.errors import (
         ArtifactError,
         BadInput,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         VerifyError,
     )
     from ditopt.recipe import Recipe
+    from ditopt.saved import load, save
 
     __version__: str
 
@@ -72,10 +73,10 @@ _HOME = {
     "VerifyError": "ditopt.errors",
     "explain": "ditopt.api",
     "export_onnx": "ditopt.api",
-    "load": "ditopt.api",
+    "load": "ditopt.saved",
     "optimize": "ditopt.api",
     "restore": "ditopt.api",
-    "save": "ditopt.api",
+    "save": "ditopt.saved",
 }
 _MODULES = ("errors", "measure", "zoo")
 

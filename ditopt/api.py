@@ -1,4 +1,4 @@
-"""What users call: optimize, restore, explain, export_onnx, save, load."""
+"""What users call: optimize, restore, explain, export_onnx (and save and load, in saved.py)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditopt.artifact import Manifest, Plan, read_manifest, to_json
+from ditopt.artifact import Manifest
 from ditopt.capture import bind, capture
-from ditopt.codegen.build import build, describe, export
+from ditopt.codegen.build import describe, export
 from ditopt.codegen.lower import lower, lower_memos
-from ditopt.engine import Compiled, Engine, describe_for, schedule_of
-from ditopt.errors import ArtifactError, BadInput, require
-from ditopt.ir.parse import parse_program
+from ditopt.engine import Engine, describe_for, schedule_of
+from ditopt.errors import BadInput
 from ditopt.ir.program import Role
-from ditopt.ir.text import print_program
-from ditopt.ir.verify import verify
 from ditopt.offload import loaded
 from ditopt.optimized import OptimizedModule
 from ditopt.pipeline import Context, PassManager
 from ditopt.recipe import Recipe
-from ditopt.runtime.load import LoadedModel, load_onnx
 from ditopt.target import resolve
 
 Examples = Mapping[str, Any] | Sequence[Any]
@@ -126,49 +122,6 @@ def export_onnx(
     lowered = describe(program, lower(program), lower_memos(program), **more)
     schedule = schedule_of(program, lowered, count, times) if program.decisions and count else None
     return export(program, Path(path), schedule, **more)
-
-
-def save(model: OptimizedModule, path: str | Path) -> Path:
-    """Write an optimized model as a folder of data: its Program as text, its weights, its manifest."""
-    if not isinstance(model, OptimizedModule):
-        raise BadInput(f"a {type(model).__name__} was given; save takes what ditopt.optimize returned")
-    compiled: Compiled = model.compiled
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    program = compiled.program
-    safetensors = require("safetensors.torch", None)
-    safetensors.save_file(
-        {k: v.detach().cpu().contiguous().clone() for k, v in program.params.items()}, folder / "weights.safetensors"
-    )
-    (folder / "program.py.txt").write_text(print_program(program))
-    (folder / "manifest.json").write_text(to_json(compiled.plan.manifest))
-    return folder
-
-
-def load(path: str | Path, *, target: str = "auto") -> LoadedModel:
-    """A model that ``save`` or ``export_onnx`` wrote. ArtifactError where something is missing or damaged.
-
-    An ONNX artifact needs neither ditopt's passes, its code generators, diffusers nor the model's class; a saved folder
-    is compiled for ``target`` when it is loaded. No code from an artifact runs.
-    """
-    folder = Path(path)
-    if not (folder / "manifest.json").is_file():
-        if folder.is_dir():
-            raise ArtifactError(f"{folder} holds no manifest.json; give the folder that ditopt.save wrote")
-        return load_onnx(folder)
-    manifest = read_manifest(folder / "manifest.json")
-    try:
-        tensors = require("safetensors.torch", None).load_file(folder / "weights.safetensors")
-        program = parse_program((folder / "program.py.txt").read_text(), tensors)
-        verify(program)
-    except Exception as error:
-        raise ArtifactError(f"{folder} is damaged ({error}); save the model again") from error
-    name = resolve(target, torch.device("cpu"))
-    if name == "onnxruntime":
-        raise BadInput("a saved folder runs on eager or inductor; for onnxruntime use export_onnx and load its .onnx")
-    fields = ("recipe", "structure", "steps", "full_flops", "full_block_flops", "extra")
-    made, run = build(program, name, **{f: getattr(manifest, f) for f in fields})
-    return LoadedModel(Plan(made, run, lambda: program.params), str(folder))
 
 
 def _programs(
