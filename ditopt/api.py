@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ditopt.artifact import Manifest
-from ditopt.capture import bind, capture
+from ditopt.capture import arguments_of, bind, capture
 from ditopt.codegen.build import describe, export
 from ditopt.codegen.lower import lower, lower_memos
 from ditopt.engine import Engine, describe_for, schedule_of
@@ -57,7 +57,7 @@ def optimize(
     with loaded(model):
         engine = Engine(model, recipe, target, steps, roles)
         if example_inputs is not None:
-            args, kwargs = _split(example_inputs)
+            args, kwargs = arguments_of(example_inputs)
             engine.prepare(*bind(model, args, kwargs))
     return OptimizedModule(engine)
 
@@ -83,10 +83,10 @@ def explain(
     roles: Mapping[str, Role] | None = None,
 ) -> str:
     """Structure, binding times and costs of a model, and what each pass of ``recipe`` would do and why not."""
-    from ditopt.explain import explanation
+    from ditopt.explanation import explanation
 
     original = restore(model) if isinstance(model, OptimizedModule) else model
-    args, kwargs = _split(example_inputs)
+    args, kwargs = arguments_of(example_inputs)
     captured = capture(original, *bind(original, args, kwargs), roles)
     name = resolve(target, next((p.device for p in original.parameters()), torch.device("cpu")))
     history = PassManager(recipe, Context(name, steps)).run(captured.program)
@@ -135,18 +135,10 @@ def _programs(
         )
     if example is None:
         raise BadInput("export needs example_inputs: a dict of keyword arguments or a tuple, as the model is called")
-    args, kwargs = _split(example)
+    args, kwargs = arguments_of(example)
     captured = capture(model, *bind(model, args, kwargs), roles)
     used = Recipe.parse(recipe)
     return captured, PassManager(used, Context("onnxruntime", steps)).run(captured.program), used
-
-
-def _split(example: Examples) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    if isinstance(example, Mapping):
-        return (), example
-    if isinstance(example, (tuple, list)):
-        return example, {}
-    raise BadInput(f"example_inputs is a {type(example).__name__}; expected a dict of keyword arguments or a tuple")
 
 
 def _is_pipeline(model: object) -> bool:

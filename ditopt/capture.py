@@ -108,6 +108,15 @@ def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tu
     return spec, tensors
 
 
+def arguments_of(example: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Positional and keyword arguments of a call, from a dict of keyword arguments or a tuple; BadInput otherwise."""
+    if isinstance(example, Mapping):
+        return (), example
+    if isinstance(example, (tuple, list)):
+        return example, {}
+    raise BadInput(f"example_inputs is a {type(example).__name__}; expected a dict of keyword arguments or a tuple")
+
+
 def _dotted(path: Sequence[Any]) -> str:
     return ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ditopt.capture import bind
+from ditopt.capture import arguments_of, bind
 from ditopt.engine import Engine
 from ditopt.errors import BadInput
 from ditopt.ir.program import Role
@@ -50,7 +50,7 @@ def optimize_pipeline(
         with loaded(model):
             engine = engines[id(model)] = Engine(model, recipe, target, steps, roles)
             if example_inputs is not None and type(model) is type(next(iter(found.values()))):
-                engine.prepare(*bind(model, *_split(example_inputs)))
+                engine.prepare(*bind(model, *arguments_of(example_inputs)))
     link = _Link(pipe)
     modules = {key: Denoiser(engine, link) for key, engine in engines.items()}
     link.sessions = [engine.session for engine in engines.values()]
@@ -270,7 +270,8 @@ class _Hook:
     def _find(self, time: Any) -> int | None:
         """Index of a time in the scheduler's times, where it is one of them."""
         value = float(time.detach().double().max()) if isinstance(time, Tensor) and time.numel() else time
-        times = [float(t) for t in self._scheduler.timesteps]
+        times = self._scheduler.timesteps
+        times = times.tolist() if isinstance(times, Tensor) else [float(t) for t in times]  # one read of a device
         return times.index(value) if value in times else None
 
     def _sessions(self) -> list[Session]:
@@ -306,11 +307,3 @@ def _refuse_hooks(name: str, model: nn.Module) -> None:
 
 def _takes_time(model: nn.Module) -> bool:
     return any(is_time(name) for name in inspect.signature(model.forward).parameters)
-
-
-def _split(example: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    if isinstance(example, Mapping):
-        return (), example
-    if isinstance(example, (tuple, list)):
-        return example, {}
-    raise BadInput(f"example_inputs is a {type(example).__name__}; expected a dict of keyword arguments or a tuple")
