@@ -100,14 +100,14 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         # repeated here so that it may stand behind the command; SUPPRESS keeps what stood before it
-        made.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+        made.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         made.set_defaults(run=run)
         return made
 
     demo = command("demo", _demo, "sample a shipped model plain, with fewer steps and by recipes, and write a report")
     demo.add_argument("--model", default="digits", help="a shipped model (default: digits)")
     demo.add_argument("--steps", type=_count, default=30, help="denoising steps (default: 30)")
-    demo.add_argument("--out", default="report.html", metavar="FILE", help="where the report goes (default: report.html)")
+    demo.add_argument("--out", default="report.html", metavar="FILE", help="the report (default: report.html)")
     demo.add_argument("--quick", action="store_true", help="two recipes on eager, few images")
 
     recipes = command("recipes", _recipes, "list the recipes, or describe one")
@@ -124,17 +124,17 @@ def _parser() -> argparse.ArgumentParser:
         if parser_ is export:
             export.add_argument("out", metavar="OUT.onnx")
             export.add_argument("--timesteps", type=_numbers, metavar="T,T,...", help="the model's time at each step")
-        parser_.add_argument("--recipe", default="lossless", help="a name, a line of text or a file (default: lossless)")
+        parser_.add_argument("--recipe", default="lossless", help="a name, a text or a file (default: lossless)")
         parser_.add_argument("--steps", type=_count, help="denoising steps of a request")
         if parser_ is not export:
-            parser_.add_argument("--target", default="eager", help="auto, eager, inductor or onnxruntime (default: eager)")
+            parser_.add_argument("--target", default="eager", help="what would run it (default: eager)")
 
     bench = command("bench", _bench, "measure recipes on a shipped model, beside fewer steps, as CSV")
     bench.add_argument("--model", default="digits", help="a shipped model (default: digits)")
     bench.add_argument("--recipes", nargs="+", default=["lossless", "fora", "taylorseer", "forecast"], metavar="R")
     bench.add_argument("--targets", nargs="+", default=["eager"], metavar="T")
     bench.add_argument("--steps", type=_count, default=30, help="denoising steps (default: 30)")
-    bench.add_argument("--fewer", type=_count, nargs="*", default=[], metavar="N", help="more numbers of plain steps to run")
+    bench.add_argument("--fewer", type=_count, nargs="*", default=[], metavar="N", help="more plain step counts")
     bench.add_argument("--per-class", type=_count, default=2, help="images of each class in a request (default: 2)")
     bench.add_argument("--rounds", type=_count, default=3, help="measured requests of each row (default: 3)")
     bench.add_argument("--compile", action="store_true", help="measure torch.compile of the plain model too")
@@ -172,7 +172,6 @@ def _demo(args: argparse.Namespace) -> None:
 
     out = Path(args.out)
     _writable(out)  # said now, not after three minutes
-    print(f"loading {args.model} ...", file=sys.stderr)
     from ditopt.demo import demo
 
     sys.stdout.write(demo(args.model, args.steps, out, args.quick))
@@ -218,8 +217,9 @@ def _recipes(args: argparse.Namespace) -> None:
         raise BadInput(f"no recipe is called {args.name!r}; {suggest(args.name, systems)}")
     system = systems[args.name]
     print(f"{system.name}: {system.title}")
-    for title, text in (("contract", system.contract), ("source", system.source), ("claim", system.claim or "none published")):
-        _paragraph(title, text)
+    _paragraph("contract", system.contract)
+    _paragraph("source", system.source)
+    _paragraph("claim", system.claim or "none published")
     for p in system.parameters:
         also = f" Also called {', '.join(p.aliases)}." if p.aliases else ""
         _paragraph(f"{p.name}={p.default}", p.doc + also)
@@ -265,12 +265,15 @@ def _export(args: argparse.Namespace) -> None:
     import ditopt
 
     model, kwargs, times = _load(args.model)
-    timesteps = args.timesteps
-    if timesteps is None and args.steps and times is not None:
-        timesteps = times(args.steps)
-    manifest = ditopt.export_onnx(model, args.out, args.recipe, example_inputs=kwargs, steps=args.steps, timesteps=timesteps)
-    for graph in [*manifest.graphs, *manifest.memo_graphs]:
-        print(f"{graph.file or graph.name}: {len(graph.inputs)} inputs, {graph.results} results, {len(graph.updates)} states")
+    at = args.timesteps
+    if at is None and args.steps and times is not None:
+        at = times(args.steps)
+    made = ditopt.export_onnx(model, args.out, args.recipe, example_inputs=kwargs, steps=args.steps, timesteps=at)
+    for graph in [*made.graphs, *made.memo_graphs]:
+        slots = len({f.ref for f in graph.inputs if f.kind == "state"})
+        print(
+            f"{graph.file or graph.name}: {len(graph.inputs)} inputs ({slots} of them state), {graph.results} results"
+        )
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------
@@ -363,6 +366,7 @@ def _from_function(spec: str) -> tuple[Any, dict[str, Any]]:
     except (ImportError, AttributeError) as error:
         raise BadInput(f"{spec!r} cannot be loaded: {error}") from error
     made = function()
-    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], torch.nn.Module) and isinstance(made[1], dict)):
+    pair = isinstance(made, tuple) and len(made) == 2
+    if not (pair and isinstance(made[0], torch.nn.Module) and isinstance(made[1], dict)):
         raise BadInput(f"{spec} returned {type(made).__name__}; expected (an nn.Module, a dict of keyword arguments)")
     return made

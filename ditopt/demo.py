@@ -7,13 +7,15 @@ report with pictures.
 from __future__ import annotations
 
 import copy
-import importlib.util
+import math
 import os
 import platform
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +38,9 @@ DEMO = (
     ("taylorseer", "onnxruntime"),
 )
 """Recipe and target of the demo's rows: every recipe on eager, and each compiled target at least once."""
+
+LIMIT = 190.0
+"""Seconds after which the demo begins no further round."""
 
 QUICK = (("lossless", "eager"), ("forecast", "eager"))
 """The rows of ``--quick``: nothing to compile."""
@@ -85,9 +90,13 @@ class Shipped:
 
 def shipped(name: str, per_class: int = 2) -> Shipped:
     """A shipped model, ready to sample; BadInput where there is none of this name."""
+    _check(name)
+    return Shipped(name, zoo.load(name), per_class)
+
+
+def _check(name: str) -> None:
     if name not in zoo.names():
         raise BadInput(f"no shipped model is called {name!r}; {suggest(name, zoo.names())}")
-    return Shipped(name, zoo.load(name), per_class)
 
 
 def contenders(model: Shipped, wanted: Sequence[tuple[str, str]], steps: int, compiled: bool) -> list[Contender]:
@@ -115,7 +124,7 @@ def runnable(wanted: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], 
             resolve(target, torch.device("cpu"))
         except BadInput as error:
             why[target] = f"skipped {target}: {error}"
-        if target == "onnxruntime" and importlib.util.find_spec("onnxruntime") is None:
+        if target == "onnxruntime" and find_spec("onnxruntime") is None:
             why[target] = "skipped onnxruntime: it is not installed; run: pip install 'ditopt[cpu]'"
     return [(r, t) for r, t in wanted if t not in why], [why[t] for t in sorted(why)]
 
@@ -128,6 +137,7 @@ def bench(
     fewer: Sequence[int] = (),
     rounds: int = 3,
     compiled: bool = True,
+    time_limit: float = math.inf,
     progress: bool = True,
 ) -> Comparison:
     """The comparison of ``wanted`` (recipe, target) on a shipped model over ``rounds`` requests each."""
@@ -139,6 +149,7 @@ def bench(
         fewer=fewer,
         seeds=range(rounds),
         extra={"accuracy": model.accuracy},
+        time_limit=time_limit,
         progress=progress,
     )
 
@@ -159,16 +170,29 @@ def demo(
 ) -> str:
     """Run the demo, write its report to ``out`` (None: no report), and return the text to print."""
     began = time.perf_counter()
+    _check(name)
+    if progress:
+        print(f"loading {name} ...", file=sys.stderr)
     model = shipped(name, per_class=1 if quick else 2)
     wanted, notes = runnable(QUICK if quick else DEMO)
-    rounds = 1 if quick else 3
     fewer = sorted({n for n in (steps * 2 // 3, steps // 2, steps // 3, steps // 5) if 1 <= n < steps})
-    found = bench(model, wanted, steps=steps, fewer=fewer, rounds=rounds, compiled=not quick and not _no_inductor(), progress=progress)
+    compiled = not quick and bool(runnable([("", "inductor")])[0])
+    limit = LIMIT - (time.perf_counter() - began)
+    found = bench(
+        model,
+        wanted,
+        steps=steps,
+        fewer=fewer,
+        rounds=1 if quick else 3,
+        compiled=compiled,
+        time_limit=limit,
+        progress=progress,
+    )
     denoiser = model.pipe.transformer
     size = sum(p.numel() for p in denoiser.parameters()) / 1e6
     lines = [
-        f"{name}: {type(denoiser).__name__}, {size:.2f} M parameters, {steps} steps, {rounds} x {len(model.labels)} images; "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads",
+        f"{name}: {type(denoiser).__name__}, {size:.2f} M parameters; {found.rounds} x {len(model.labels)} images, "
+        f"{steps} steps; torch {torch.__version__}, {torch.get_num_threads()} threads",
         "",
         measure.table(found.rows),
         *(_wrapped(t) for t in LEGEND),
@@ -187,8 +211,8 @@ def demo(
 LEGEND = (
     "FLOPs: share of the plain model's that was executed (counted while sampling; all = with everything outside the "
     "blocks, and with the filling of hoisted values).",
-    "speed: time of the plain eager model / own time, median over rounds, in turns; prepare: seconds of capture, passes "
-    "and compilation, once.",
+    "speed: time of the plain eager model / own time, median over rounds, in turns; prepare: seconds of capture, "
+    "passes and compilation, once.",
     "PSNR: to the plain images of the same seed, median and 5th percentile over samples; inf means bit-equal. "
     "accuracy: share of samples that a classifier trained on real images recognises.",
     "A recipe that gives less than plain sampling with fewer steps for the same FLOPs is marked as losing.",
@@ -196,20 +220,9 @@ LEGEND = (
 
 
 def _wrapped(text: str) -> str:
-    """``text`` in lines of at most 110 characters."""
-    import textwrap
-
     return textwrap.fill(text, 110, subsequent_indent="  ")
-
-
-def _no_inductor() -> bool:
-    return not runnable([("", "inductor")])[0]
 
 
 def _pictures(found: Comparison) -> dict[str, Tensor]:
     """The images of plain, of the fewer-steps rows, and of each recipe."""
     return {k: found.images[k] for k in (measure.label(r) for r in found.rows)}
-
-
-if __name__ == "__main__":
-    sys.stdout.write(demo(progress=sys.stderr.isatty()))

@@ -1,4 +1,4 @@
-"""Fidelity, executed work and speed of optimized models, always beside the honest baseline: the same sampler with fewer steps.
+"""Fidelity, executed work and speed, always beside the honest baseline: the same sampler with fewer steps.
 
 A cached step is worth something only where it beats a step that was never taken. So ``compare`` runs the plain model at
 fewer steps too, among them the number that costs what each recipe costs, and a recipe that loses to that is shown as
@@ -23,6 +23,12 @@ from ditopt.errors import BadInput, require
 from ditopt.optimized import OptimizedModule
 
 Kind = Literal["plain", "compile", "fewer", "recipe"]
+
+EXACT = 90.0
+"""dB of PSNR from which on a difference is the rounding of float32 and nothing else."""
+
+NEARLY_ALL = 0.9
+"""From this share of the work on, a recipe does not ask for plain steps of its own to be compared with."""
 
 
 class Sampler(Protocol):
@@ -95,18 +101,22 @@ class Contender:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows in the order plain, compiled, fewer steps, recipes; and by row label the images of the first seed."""
+    """Rows in the order plain, compiled, fewer steps, recipes; and by row label the images of the first seed, and the
+    optimized models. ``rounds``: measured requests of each row."""
 
     rows: tuple[Row, ...]
     images: Mapping[str, Tensor]
     models: Mapping[str, Any]
+    rounds: int
 
 
 def label(row: Row) -> str:
     """What a row is called among others."""
-    if row.kind == "fewer":
-        return f"{row.steps} steps"
-    return f"{row.name} on {row.target}" if row.kind == "recipe" else row.name
+    return _label(row.kind, row.name, row.target, row.steps)
+
+
+def _label(kind: Kind, name: str, target: str, steps: int) -> str:
+    return f"{steps} steps" if kind == "fewer" else f"{name} on {target}" if kind == "recipe" else name
 
 
 def optimized(model: Any) -> OptimizedModule | None:
@@ -132,14 +142,17 @@ def compare(
     fewer: Iterable[int] = (),
     seeds: Sequence[int] = (0, 1, 2),
     extra: Mapping[str, Callable[[Tensor], float]] | None = None,
+    time_limit: float = math.inf,
     progress: bool = True,
 ) -> Comparison:
     """Measure ``contenders`` against ``plain`` and against ``plain`` with fewer steps.
 
     Every model first runs one request that nothing is measured on (it compiles); then, for each seed, all run in turns,
-    in an order that rotates. ``fewer``: numbers of steps besides the ones that cost what each contender costs.
-    ``extra``: further metrics of all images of a model. ``progress``: a bar on stderr.
+    in an order that rotates. ``fewer``: numbers of steps besides the ones that cost what each contender costs (unless
+    that is nearly all). ``extra``: further metrics of all images of a model. ``time_limit``: seconds after which no
+    further round begins that would exceed them (one always runs). ``progress``: a bar on stderr.
     """
+    began = time.perf_counter()
     if steps < 2 or not seeds:
         raise BadInput(f"steps={steps} and {len(seeds)} seeds given; expected at least 2 steps and one seed")
     bad = [n for n in fewer if not 1 <= n < steps]
@@ -154,18 +167,23 @@ def compare(
             bar.set_description(f"preparing {run.label}")
             run.prepare(sampler, max(seeds) + 1)  # prompts of its own: what it hoists must not be found again later
             bar.update()
-        counts = {*fewer, *(matching_steps(r.cost(), steps) for r in runs if r.of.kind == "recipe")} - {steps}
+        costs = [r.cost() for r in runs if r.of.kind == "recipe"]
+        counts = {*fewer, *(matching_steps(c, steps) for c in costs if c < NEARLY_ALL)}
         few = [_Run(Contender("fewer steps", lambda: plain, "eager", "fewer"), n) for n in sorted(counts, reverse=True)]
         for run in few:
             run.model = plain
         everything = [runs[0], *few, *runs[1:]]
         bar.total = len(runs) + len(everything) * len(seeds)
         for turn, seed in enumerate(seeds):
+            round_began = time.perf_counter()
             start = turn * len(everything) // len(seeds)
             for run in [*everything[start:], *everything[:start]]:
                 bar.set_description(f"round {turn + 1} of {len(seeds)}: {run.label}")
                 run.sample(sampler, seed)
                 bar.update()
+            now = time.perf_counter()
+            if now - began + (now - round_began) > time_limit:
+                break
     base = runs[0]
     compiled = next((r for r in runs if r.of.kind == "compile"), None)
     rows = [run.row(base, compiled, steps, extra or {}) for run in everything]
@@ -175,16 +193,17 @@ def compare(
         judged(rows),
         {r.label: r.images[seeds[0]] for r in everything},
         {r.label: r.model for r in runs if optimized(r.model) is not None},
+        len(base.images),
     )
 
 
 def judged(rows: Sequence[Row]) -> tuple[Row, ...]:
     """The rows, each recipe's ``loses`` filled in: it loses where a plain row of at most its cost has a higher median
-    PSNR."""
+    PSNR, unless it equals plain up to rounding."""
     plain = [r for r in rows if r.kind in ("plain", "fewer")]
     out = []
     for row in rows:
-        if row.kind == "recipe":
+        if row.kind == "recipe" and row.psnr < EXACT:
             best = max((p for p in plain if p.cost <= row.cost + 1e-9), key=lambda p: p.psnr, default=None)
             lost = best is not None and best.psnr > row.psnr
             why = f"loses to {best.steps} steps: {_db(row.psnr)} vs {_db(best.psnr)} dB" if best and lost else ""
@@ -198,7 +217,7 @@ class _Run:
 
     def __init__(self, of: Contender, steps: int) -> None:
         self.of, self.steps = of, steps
-        self.label = f"{steps} steps" if of.kind == "fewer" else f"{of.name} on {of.target}" if of.kind == "recipe" else of.name
+        self.label = _label(of.kind, of.name, of.target, steps)
         self.model: Any = None
         self.images: dict[int, Tensor] = {}
         self.seconds: list[float] = []
@@ -227,7 +246,7 @@ class _Run:
         return (s.block_flops, s.full_block_flops, s.flops, s.full_flops)
 
     def shares(self) -> tuple[float, float]:
-        """Executed / plain FLOPs since the first measured request (before it: since the start), in blocks and in all."""
+        """Executed / plain FLOPs, in blocks and in all: of the measured requests, before these of the first one."""
         if optimized(self.model) is None:
             return (1.0, 1.0)
         blocks, all_blocks, total, all_total = (b - a for a, b in zip(self._before, self._counted(), strict=True))
@@ -255,7 +274,7 @@ class _Run:
             psnr_low=_quantile(db, 0.05),
             speed_compiled=_ratio(compiled.seconds, self.seconds) if compiled else math.nan,
             extra={name: float(metric(images)) for name, metric in extra.items()},
-            prepare=max(0.0, self.first - middle) if self.of.kind in ("recipe", "compile") else 0.0,
+            prepare=max(0.0, self.first - min(self.seconds)) if self.of.kind in ("recipe", "compile") else 0.0,
         )
 
 
@@ -292,7 +311,8 @@ def table(rows: Sequence[Row]) -> str:
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
 
     def show(line: Sequence[str]) -> str:
-        parts = [c.ljust(w) if i in (0, 1, len(header) - 1) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        words = (0, 1, len(header) - 1)
+        parts = [c.ljust(w) if i in words else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
         return "  ".join(parts).rstrip()
 
     rule = "  ".join("-" * w for w in widths[:-1])

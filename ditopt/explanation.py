@@ -1,4 +1,4 @@
-"""The text of ``ditopt explain``: what was found in a model, what each pass did to it and why not more, and what runs where."""
+"""The text of ``ditopt explain``: what a model consists of, what each pass did and why not more, what runs where."""
 
 from __future__ import annotations
 
@@ -45,6 +45,14 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def count(value: float) -> str:
+    """A count with three digits and the unit prefix, to be put before a unit."""
+    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.3g} {prefix}"
+    return f"{value:.0f} "
+
+
 def weight_bytes(program: Program, graph: StepGraph) -> int:
     """Bytes of the weights that a lowered graph reads."""
     return sum(program.params[f.ref].nbytes for f in graph.inputs if f.kind == "param" and f.ref in program.params)
@@ -62,8 +70,8 @@ def role_flops(outlined: Program) -> dict[str, int]:
 def binding_shares(program: Program) -> dict[str, tuple[int, int]]:
     """By what it depends on ("constant", "timestep", "prompt and timestep", "latent" ...): bytes of weights, FLOPs.
 
-    Takes a flat Program. A weight counts for the first values that combine it with an input: it counts for "latent" as
-    soon as one of them does, else for everything that they depend on together. A weight no input ever meets is constant.
+    Takes a flat Program. A weight counts for what the first values that combine it with an input depend on: for
+    "latent" as soon as one of them does, else for all of it together. A weight that meets no input is constant.
     """
     binding = bind(program)
     weights: dict[Binding, int] = {}
@@ -122,7 +130,7 @@ def _structure(program: Program) -> list[str]:
     blocks = program.blocks()
     total, inside = step_flops(program)
     if not blocks:
-        return [f"no repeated blocks; {_flops(total)} a step"]
+        return [f"no repeated blocks; {count(total)}FLOP a step"]
     children: dict[str, list[str]] = {}
     for r in program.regions:
         if r.role in ("attn", "mlp"):
@@ -134,9 +142,11 @@ def _structure(program: Program) -> list[str]:
         parts = sorted({"+".join(children.get(r.id, [])) or "no modules" for r in run})
         share = sum(r.flops for r in run) / max(total, 1)
         span = run[0].id if len(run) == 1 else f"{run[0].id}..{run[-1].id.split('.')[1]}"
-        shared = f"{kinds} bod{'y' if kinds == 1 else 'ies'}"
-        lines.append([f"stage {stage}", span, f"{len(run)} blocks", shared, ", ".join(parts), f"{share:.1%} of FLOPs", _alias(run)])
-    rest = f"{_flops(total)} a step, {inside / max(total, 1):.1%} of them in blocks"
+        number = "1 block" if len(run) == 1 else f"{len(run)} blocks"
+        shared = "1 body" if kinds == 1 else f"{kinds} bodies"
+        what = [f"stage {stage}", span, number, shared, ", ".join(parts), f"{share:.1%} of FLOPs"]
+        lines.append([*what, _alias(run)])
+    rest = f"{count(total)}FLOP a step, {inside / max(total, 1):.1%} of them in blocks"
     parts_ = ", ".join(f"{role} {f / max(total, 1):.1%}" for role, f in role_flops(program).items())
     return [*_columns(lines), rest, parts_]
 
@@ -177,8 +187,9 @@ def _graphs(program: Program, target: str) -> list[str]:
     lines = [["graph", "runs on", "inputs", "state", "FLOPs", "", "weights read"]]
     for g, where in runs:
         kinds = [f.kind for f in g.inputs]
-        given = sum(k in ("input", "memo", "control") for k in kinds)
-        lines.append([g.name, where, str(given), str(kinds.count("state")), _flops(g.flops), f"{g.flops / full:.1%}", size(weight_bytes(program, g))])
+        given, slots = sum(k in ("input", "memo", "control") for k in kinds), kinds.count("state")
+        work = [f"{count(g.flops)}FLOP", f"{g.flops / full:.1%}", size(weight_bytes(program, g))]
+        lines.append([g.name, where, str(given), str(slots), *work])
     return _columns(lines, right=(2, 3, 4, 5, 6))
 
 
@@ -192,15 +203,9 @@ def _state(program: Program) -> list[str]:
         values = [n.meta["val"] for n in program.functions[memo.function].results]
         bytes_ = sum(TensorType.of(v).nbytes for v in values)
         every = "a request" if memo.lifetime == "request" else "a step"
-        lines.append(f"{size(bytes_)} {every} in {len(values)} hoisted values that depend on {', '.join(memo.keys) or 'nothing'}")
+        keys = ", ".join(memo.keys) or "nothing"
+        lines.append(f"{size(bytes_)} {every} in {len(values)} hoisted values that depend on {keys}")
     return lines or ["none"]
-
-
-def _flops(count: int) -> str:
-    for unit, scale in (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count} FLOP"
 
 
 def _columns(lines: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
@@ -208,7 +213,12 @@ def _columns(lines: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[
         return []
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     numbers = set(right)
-    return ["  ".join(c.rjust(w) if i in numbers else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip() for line in lines]
+
+    def show(line: Sequence[str]) -> str:
+        parts = [c.rjust(w) if i in numbers else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        return "  ".join(parts).rstrip()
+
+    return [show(line) for line in lines]
 
 
 def _indent(lines: Sequence[str]) -> str:
