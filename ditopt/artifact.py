@@ -81,12 +81,14 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Plan:
-    """A manifest with its executables: what a Session runs. ``params()`` gives the current weights by name (empty for
-    graphs that carry their own)."""
+    """A manifest with its executables: what a Session runs. ``params()`` gives the current weights by name (they may be
+    empty where graphs carry their own). ``stale()`` is asked once a request: whether weights that the graphs carry have
+    changed since in the model they were copied from."""
 
     manifest: Manifest
     run: Mapping[str, Executable]
     params: Callable[[], Mapping[str, Tensor]] = dict
+    stale: Callable[[], bool] = bool
 
 
 def to_json(manifest: Manifest) -> str:

@@ -7,11 +7,13 @@ keep the same reports.
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,13 @@ from torch import Tensor, nn
 from ditopt.artifact import Executable, Manifest, Plan
 from ditopt.capture import CallSpec, Captured, bind, capture
 from ditopt.codegen.build import build, export
-from ditopt.errors import BadInput, DitoptWarning, SessionError
+from ditopt.errors import BadInput, DitoptWarning, SessionError, StaleWeights
 from ditopt.ir.cost import step_flops
 from ditopt.ir.program import Program, Role
 from ditopt.pipeline import Context, PassManager, PassResult
 from ditopt.recipe import Recipe
 from ditopt.runtime.load import load_onnx
+from ditopt.runtime.memo import fingerprint
 from ditopt.runtime.policy import table
 from ditopt.runtime.session import Session
 from ditopt.target import resolve
@@ -72,7 +75,6 @@ class Engine:
         self.target = resolve(target, _place(model)[1])
         self.compiled: OrderedDict[Any, Compiled] = OrderedDict()
         self._given: dict[str, Tensor] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="ditopt-") if self.target == "onnxruntime" else None
         self._place = _place(model)
         self._captured: _Snapshot | None = None
         self._seen: int | None = None  # the request in which the model was last compared with what was captured
@@ -80,12 +82,18 @@ class Engine:
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """One step of the model, by its own calling convention."""
         self._check()
-        spec, tensors = bind(self.model, args, kwargs)
-        compiled = self.prepare(spec, tensors)
+        spec, every = bind(self.model, args, kwargs)
+        compiled, tensors = self.prepare(spec, every), every
         if self.weights:
             self._given = {n: t for n, t in zip(spec.names, tensors, strict=True) if n in self.weights}
             tensors = [t for n, t in zip(spec.names, tensors, strict=True) if n not in self.weights]
-        return compiled.captured.pack(self.session.call(compiled.plan, tensors))
+        try:
+            results = self.session.call(compiled.plan, tensors)
+        except StaleWeights:  # the session is as before the call: compile the weights of now and repeat it
+            self._drop(spec.key)
+            compiled = self.prepare(spec, every)
+            results = self.session.call(compiled.plan, tensors)
+        return compiled.captured.pack(results)
 
     def prepare(self, spec: CallSpec, tensors: Sequence[Tensor]) -> Compiled:
         """The compiled signature of a call; captured and rewritten the first time."""
@@ -94,11 +102,13 @@ class Engine:
             found = self._compile(capture(self.model, spec, tensors, self.roles, self.weights))
             self._captured = self._captured or _Snapshot(self.model)
             if len(self.compiled) >= SIGNATURES:
-                _, oldest = self.compiled.popitem(last=False)
-                self.session.forget(oldest.plan)
+                self._drop(next(iter(self.compiled)))
             self.compiled[spec.key] = found
         self.compiled.move_to_end(spec.key)
         return found
+
+    def _drop(self, key: Any) -> None:
+        self.session.forget(self.compiled.pop(key).plan)
 
     @property
     def last(self) -> Compiled | None:
@@ -128,12 +138,28 @@ class Engine:
         program = history[-1].program if history else captured.program
         more = describe_for(captured, history, self.recipe, self.steps)
         if self.target == "onnxruntime":
-            assert self._folder is not None
-            path = Path(self._folder.name) / f"signature{len(list(Path(self._folder.name).glob('*.json')))}.onnx"
-            export(program, path, None, **more)
-            return Compiled(captured, history, load_onnx(path, self.session).plan)
+            return self._exported(captured, history, program, more)
         manifest, run = build(program, self.target, **more)
         return Compiled(captured, history, self._plan(manifest, run, program))
+
+    def _exported(
+        self, captured: Captured, history: tuple[PassResult, ...], program: Program, more: dict[str, Any]
+    ) -> Compiled:
+        """A signature for onnxruntime. Its files hold copies of the weights, which go stale when a weight changes; they
+        live as long as the signature does."""
+        weights = self._weights_of(program)
+        before = fingerprint(weights())
+        folder = Path(tempfile.mkdtemp(prefix="ditopt-"))
+        try:
+            export(program, folder / "model.onnx", None, **more)
+            loaded = load_onnx(folder / "model.onnx", self.session).plan
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        plan = replace(loaded, params=weights, stale=lambda: fingerprint(weights()) != before)
+        made = Compiled(captured, history, plan)
+        weakref.finalize(made, shutil.rmtree, folder, ignore_errors=True)
+        return made
 
     def _plan(self, manifest: Manifest, run: Mapping[str, Executable], program: Program) -> Plan:
         return Plan(manifest, run, self._weights_of(program))

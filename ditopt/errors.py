@@ -43,6 +43,10 @@ class SessionError(DitoptError):
     """A call that does not fit the running request, schedule, dtype or device."""
 
 
+class StaleWeights(SessionError):
+    """The graphs carry copies of weights that have changed since."""
+
+
 class ArtifactError(BadInput):
     """A saved artifact that is missing, damaged, or of another version."""
 

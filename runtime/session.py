@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ditopt.artifact import Plan, StepGraph
+from ditopt.errors import StaleWeights
 from ditopt.ir.program import Formal
 from ditopt.runtime.account import Ledger, Patience, Row, Stats
 from ditopt.runtime.clock import BRANCHES, Clock, Kind, Tick
@@ -270,6 +271,8 @@ class Session:
         memos = ready.memos
         before = memos.hits, memos.reads
         if id(ready.plan) not in self._checked:
+            if ready.plan.stale():
+                raise StaleWeights("weights changed after the model was compiled; optimize it again")
             if memos.begin(params):
                 self._event("weights", plan=ready.plan)
             self._checked.add(id(ready.plan))
