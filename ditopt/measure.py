@@ -292,16 +292,24 @@ def _quantile(values: Tensor, q: float) -> float:
 
 def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of a table of ``rows``, as text; a column that says nothing is left out."""
-    compiled = any(not math.isnan(r.speed_compiled) for r in rows)
+    compiled, lost = any(not math.isnan(r.speed_compiled) for r in rows), any(r.loses for r in rows)
     extra = list(dict.fromkeys(k for r in rows for k in r.extra))
     header = ["recipe", "target", "steps", "block FLOPs", "all FLOPs", "speed"]
-    header += [*(["vs compile"] if compiled else []), "PSNR dB", "5th pct.", *extra, "prepare s", ""]
+    header += [
+        *(["vs compile"] if compiled else []),
+        "PSNR dB",
+        "5th pct.",
+        *extra,
+        "prepare s",
+        *([""] if lost else []),
+    ]
     out = []
     for r in rows:
         line = [r.name, r.target, str(r.steps), f"{r.share:.1%}", f"{r.share_total:.1%}", f"{r.speed:.2f}x"]
         line += [f"{r.speed_compiled:.2f}x"] if compiled else []
         line += [_db(r.psnr), _db(r.psnr_low), *(f"{r.extra[k]:.1%}" if k in r.extra else "" for k in extra)]
-        out.append([*line, f"{r.prepare:.1f}" if r.kind in ("recipe", "compile") else "", r.loses])
+        line.append(f"{r.prepare:.1f}" if r.kind in ("recipe", "compile") else "")
+        out.append([*line, *([r.loses] if lost else [])])
     return header, out
 
 
@@ -311,11 +319,11 @@ def table(rows: Sequence[Row]) -> str:
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
 
     def show(line: Sequence[str]) -> str:
-        words = (0, 1, len(header) - 1)
+        words = (0, 1, *(i for i, title in enumerate(header) if not title))
         parts = [c.ljust(w) if i in words else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
         return "  ".join(parts).rstrip()
 
-    rule = "  ".join("-" * w for w in widths[:-1])
+    rule = "  ".join("-" * w for w, title in zip(widths, header, strict=True) if title)
     kinds = [r.kind for r in rows]
     lines = [show(header), rule]
     for i, line in enumerate(body):

@@ -203,7 +203,7 @@ header { margin: 0 4px 22px }
 .brand { color: var(--compute); font-weight: 700; letter-spacing: .06em; margin: 0 }
 h1 { margin: 0 0 .5em; font-size: 30px; line-height: 1.25; overflow-wrap: anywhere }
 h2 { font-size: 19px; margin: 0 0 10px }
-h3 { font-size: 12px; text-transform: uppercase; letter-spacing: .08em; color: var(--soft); margin: 26px 0 8px }
+h3 { font-size: 14px; margin: 26px 0 6px }
 dl { display: flex; flex-wrap: wrap; gap: 10px 32px; margin: 0 }
 dt { font-size: 12px; color: var(--soft) }
 dd { margin: 0; font-weight: 600; overflow-wrap: anywhere }

@@ -18,6 +18,9 @@ from ditopt.optimized import OptimizedModule
 from ditopt.pictures import STYLE, chart, grid, heat_map, png
 from ditopt.pipeline import PassResult
 
+DIFFERENCE = 8
+"""What differences of images are multiplied with to be seen."""
+
 DIFF_LINES = 200
 """Lines of a pass's diff that a page shows."""
 
@@ -111,7 +114,9 @@ def _measured(rows: Sequence[Row]) -> str:
     which = f"{lost} of {tried} rows" if lost else "No row"
     verb = "give" if lost > 1 else "gives"
     said = f"{which} {verb} less than plain sampling with fewer steps for the same FLOPs."
-    return f"<p class=note>{_e(said)}</p>" + _table(header, body, (0, 1, len(header) - 1), marks)
+    return f"<p class=note>{_e(said)}</p>" + _table(
+        header, body, (0, 1, *(i for i, title in enumerate(header) if not title)), marks
+    )
 
 
 def _images(images: Mapping[str, Tensor]) -> str:
@@ -125,12 +130,10 @@ def _images(images: Mapping[str, Tensor]) -> str:
         if batch is not reference:
             difference = (batch - reference).abs()
             worst = float(difference.max())
-            said = (
-                f"largest difference {worst:.2g}; below: difference x 8"
-                if worst
-                else "equal to the reference, bit by bit"
-            )
-            body += _picture((difference * 8).clamp(0, 1), f"difference x 8: {name}") if worst else ""
+            seen = worst * DIFFERENCE > 1 / 255
+            said = f"largest difference {worst:.2g}" if worst else "equal to the reference, bit by bit"
+            said += f"; below: difference x {DIFFERENCE}" if seen else ""
+            body += _picture((difference * DIFFERENCE).clamp(0, 1), f"difference: {name}") if seen else ""
         figures.append(f"<figure><figcaption><b>{_e(name)}</b>{_e(said)}</figcaption>{body}</figure>")
     return f"<div class=figures>{''.join(figures)}</div>"
 

@@ -191,6 +191,19 @@ def test_compare_refuses(change, said):
         compare(tiny_sampler.sample, tiny_sampler.model(), given.pop("contenders"), **given)
 
 
+def test_a_time_limit_ends_the_rounds_but_not_the_first():
+    calls = []
+
+    def sample(model, seed, steps):
+        calls.append((seed, steps))
+        return torch.full((2, 1, 2, 2), steps / 10)
+
+    found = compare(sample, None, [], steps=4, fewer=[2], seeds=(5, 6, 7), time_limit=0.0, progress=False)
+    assert found.rounds == 1
+    assert calls == [(8, 4), (5, 4), (5, 2)]  # the preparation has a seed of its own
+    assert compare(sample, None, [], steps=4, seeds=(5, 6, 7), progress=False).rounds == 3
+
+
 # -- printing ----------------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +212,7 @@ def test_table_lines_up_and_shows_the_loser():
     lines = measure.table(rows).splitlines()
     assert lines[0].split()[:3] == ["recipe", "target", "steps"]
     assert "vs compile" not in lines[0], "torch.compile did not run"
+    assert "loses" not in measure.table(PLAIN)
     last = lines[-1]
     assert last.startswith("cheap")
     assert "97.5%" in last
