@@ -13,7 +13,7 @@ from ditopt.artifact import Manifest
 from ditopt.capture import arguments_of, bind, capture
 from ditopt.codegen.build import describe, export
 from ditopt.codegen.lower import lower, lower_memos
-from ditopt.engine import Engine, describe_for, schedule_of
+from ditopt.engine import Engine, describe_for, rewrite, schedule_of
 from ditopt.errors import BadInput
 from ditopt.ir.program import Role
 from ditopt.offload import loaded
@@ -86,6 +86,8 @@ def explain(
     from ditopt.explanation import explanation
 
     original = restore(model) if isinstance(model, OptimizedModule) else model
+    if not isinstance(original, nn.Module):
+        raise BadInput(f"a {type(model).__name__} was given; explain takes an nn.Module, such as a pipeline's denoiser")
     args, kwargs = arguments_of(example_inputs)
     captured = capture(original, *bind(original, args, kwargs), roles)
     name = resolve(target, next((p.device for p in original.parameters()), torch.device("cpu")))
@@ -138,7 +140,7 @@ def _programs(
     args, kwargs = arguments_of(example)
     captured = capture(model, *bind(model, args, kwargs), roles)
     used = Recipe.parse(recipe)
-    return captured, PassManager(used, Context("onnxruntime", steps)).run(captured.program), used
+    return captured, rewrite(captured, used, "onnxruntime", steps), used
 
 
 def _is_pipeline(model: object) -> bool:

@@ -10,11 +10,14 @@ default table would turn each attention into softmax and matmuls.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import io
+import logging
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,11 +212,10 @@ def capture(
     twin = shared_copy(model).eval()
     flat = _Flat(twin, spec)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # torch.export's own, about its internals
+        with _quiet(), torch.no_grad():
             exported = torch.export.export(flat, tuple(tensors), strict=False).run_decompositions({})
     except Exception as error:
-        raise CaptureError(_explain(model, error)) from error
+        raise CaptureError(_explain(model, error, _fails(_Flat(shared_copy(model).eval(), spec), tensors))) from error
     packing = flat.packing
     if packing.changed:
         raise CaptureError(
@@ -244,8 +246,32 @@ def _python_state(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _explain(model: nn.Module, error: Exception) -> str:
-    """One sentence that names the line of the model where tracing stopped."""
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what torch.export says about its internals: warnings, and where tracing stops the graph so far, printed."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _fails(flat: nn.Module, tensors: Sequence[Tensor]) -> bool:
+    """Whether the model itself raises for these inputs."""
+    try:
+        with torch.no_grad():
+            flat(*tensors)
+    except Exception:
+        return True
+    return False
+
+
+def _explain(model: nn.Module, error: Exception, fails: bool) -> str:
+    """One sentence that names the line of the model where tracing stopped. ``fails``: the model itself raises there."""
     frames = [
         f
         for f in traceback.extract_tb(error.__traceback__)
@@ -253,6 +279,11 @@ def _explain(model: nn.Module, error: Exception) -> str:
     ]
     first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     where = f" at {frames[-1].filename}:{frames[-1].lineno} ({(frames[-1].line or '').strip()})" if frames else ""
+    if fails:
+        return (
+            f"{type(model).__name__} itself fails for these inputs{where}: {type(error).__name__}: {first}. Call it as "
+            "the plain model can be called."
+        )
     return (
         f"{type(model).__name__} cannot be traced{where}: {type(error).__name__}: {first}. Python that looks at tensor "
         "values cannot become part of a graph; compute it outside forward and pass it in, or use torch.where."

@@ -64,8 +64,10 @@ class Engine:
         roles: Mapping[str, Role] | None = None,
         weights: Collection[str] = (),
     ) -> None:
-        if steps is not None and steps < 1:
-            raise BadInput(f"steps={steps} given; expected the number of denoising steps, 1 or more, or None")
+        if steps is not None and (type(steps) is not int or steps < 1):
+            raise BadInput(f"steps={steps!r} given; expected the number of denoising steps, 1 or more, or None")
+        if not isinstance(roles or {}, Mapping):
+            raise BadInput(f"roles is a {type(roles).__name__}; expected a dict of input names to roles")
         self.model = model
         self.recipe = Recipe.parse(recipe)
         self.steps = steps
@@ -123,18 +125,7 @@ class Engine:
         self._captured, self._place = None, _place(self.model)
 
     def _compile(self, captured: Captured) -> Compiled:
-        recipe = self.recipe
-        if not any(i.role == "timestep" for i in captured.program.inputs):
-            recipe = Recipe.parse("canonicalize, outline_blocks")
-            warnings.warn(
-                "this graph has no timestep input, so nothing can be kept from step to step: only local passes run. "
-                "Where the graph is a part of a model that Dynamo broke, use ditopt.optimize; where the timestep has "
-                "another name, pass roles={'<name>': 'timestep'}",
-                DitoptWarning,
-                stacklevel=4,
-            )
-        history = tuple(PassManager(recipe, Context(self.target, self.steps)).run(captured.program))
-        _complain(history)
+        history = rewrite(captured, self.recipe, self.target, self.steps)
         program = history[-1].program if history else captured.program
         more = describe_for(captured, history, self.recipe, self.steps)
         if self.target == "onnxruntime":
@@ -268,6 +259,23 @@ def _place(model: nn.Module) -> tuple[torch.dtype, torch.device]:
     return (first.dtype, first.device) if first is not None else (torch.float32, torch.device("cpu"))
 
 
+def rewrite(captured: Captured, recipe: Recipe, target: str, steps: int | None) -> tuple[PassResult, ...]:
+    """What the passes of ``recipe`` did, with a DitoptWarning for each that was asked for and had no effect."""
+    if not any(i.role == "timestep" for i in captured.program.inputs):
+        warnings.warn(
+            "this graph has no timestep input, so nothing can be kept from step to step: only local passes run. "
+            "Where the graph is a part of a model that Dynamo broke, use ditopt.optimize; where the timestep has "
+            "another name, pass roles={'<name>': 'timestep'}",
+            DitoptWarning,
+            stacklevel=5,
+        )
+        local = Recipe.parse("canonicalize, outline_blocks")
+        return tuple(PassManager(local, Context(target, steps)).run(captured.program))
+    history = tuple(PassManager(recipe, Context(target, steps)).run(captured.program))
+    _complain(history)
+    return history
+
+
 def _complain(history: Sequence[PassResult]) -> None:
     """Warn where something that was asked for has no effect."""
     idle = [r for r in history if r.asked and not r.applied]
@@ -276,7 +284,7 @@ def _complain(history: Sequence[PassResult]) -> None:
         from ditopt.pipeline import get
 
         if everything or get(result.name).contract == "approximate":
-            warnings.warn(f"{result.text} changed nothing: {'; '.join(result.refused)}", DitoptWarning, stacklevel=5)
+            warnings.warn(f"{result.text} changed nothing: {'; '.join(result.refused)}", DitoptWarning, stacklevel=6)
 
 
 def describe_for(

@@ -25,7 +25,7 @@ def resolve(target: str, device: torch.device) -> str:
     if target in _PLANNED:
         raise BadInput(f"target {target!r} is not built yet; use one of {', '.join(TARGETS)}")
     if target not in TARGETS:
-        raise BadInput(f"no target is called {target!r}; {suggest(target, TARGETS)}")
+        raise BadInput(f"no target is called {target!r}; {suggest(str(target), TARGETS)}")
     if target in ("eager", "onnxruntime"):
         return target
     why_not = _why_not_inductor(device)

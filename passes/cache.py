@@ -33,6 +33,7 @@ from ditopt.ir.program import (
     Interval,
     Predictor,
     Program,
+    Region,
     TensorType,
     call_args,
     callee,
@@ -157,7 +158,9 @@ class _Rewrite:
         step = self.e.function()
         body = {str(n.meta["region"]): callee(n) for n in step.graph.nodes if is_call(n)}
         out = replace_functions(self.before, {**self.functions, self.before.entry: step})
-        regions = (dataclasses.replace(r, function=body[r.id]) if r.id in body else r for r in out.regions)
+        regions = [dataclasses.replace(r, function=body[r.id]) if r.id in body else r for r in out.regions]
+        if "model" in self.regions and not regions:  # a model without repeated blocks still has an output
+            regions = [Region("model", "model", "")]
         return prune(
             out.replace(
                 state=(*out.state, *self.reuse.types),

@@ -374,7 +374,7 @@ def out_of_memory(model, x, t, p):
 
 
 def wrong_width(model, x, t, p):
-    with pytest.raises(CaptureError, match=r"Small cannot be traced at .*\.py:\d+"):
+    with pytest.raises(CaptureError, match=r"Small itself fails for these inputs at .*\.py:\d+"):
         model(hidden_states=x, timestep=torch.full((2,), t), **{**p, "pooled_projections": torch.zeros(2, 21)})
 
 
