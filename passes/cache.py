@@ -41,7 +41,7 @@ from ditopt.ir.program import (
 )
 from ditopt.ir.reuse import Reuse, coefficients, dense, dense_type, predict
 from ditopt.ir.select import Selection, select_regions
-from ditopt.ir.structure import find_modules, stream_origins
+from ditopt.ir.structure import find_modules, rejoined, stream_origins
 from ditopt.ops import select
 from ditopt.pipeline import Context, Outcome, Pass
 
@@ -212,7 +212,7 @@ class _Rewrite:
                 continue
             base = None if self.o.residual == "no" else self._entry_of(value, first, inside)
             node = self.e[value]
-            chosen = self._cached(node, None if base is None else self.e[base])
+            chosen = self._cached(node, base)
             for reader in readers:
                 self.e[reader].replace_input_with(node, chosen) if reader.op != "output" else self._output(node, chosen)
         self.regions.extend(sorted(ids, key=lambda i: int(i.split(".")[1])))
@@ -238,31 +238,41 @@ class _Rewrite:
         return inside, calls[0]
 
     def _entry_of(self, value: fx.Node, first: fx.Node, inside: Sequence[fx.Node]) -> fx.Node | None:
-        """The value outside the run that ``value`` continues by residual adds: along the streams, else by type."""
-        node = value
-        while node in inside:
-            call = node.args[0] if node.args else None
-            if not isinstance(call, fx.Node) or not is_call(call):
-                break
-            body = self.before.functions[callee(call)]
-            origin = stream_origins(body, self.binding)[node.args[1]]  # type: ignore[index]
-            if origin is None:
-                break
-            node = call_args(call)[origin]
+        """What the (editable) ``value`` is the sum of a difference and: what it continues, else what has its type."""
+        base = self._origin(value, inside)
         want = TensorType.of(value.meta["val"])
-        if node not in inside and TensorType.of(node.meta["val"]).shape == want.shape:
-            return node
+        if base is not None and TensorType.of(base.meta["val"]).shape == want.shape:
+            return base
         for arg in call_args(first):
             if self.binding[arg] & Binding.LATENT and (arg.meta["val"].dtype, tuple(arg.meta["val"].shape)) == (
                 want.dtype,
                 want.shape,
             ):
-                return arg
+                return self.e[arg]
         if self.o.residual == "yes":
             self.refused.append(
                 f"{value.name} continues no input of the run: its value is kept instead of the difference"
             )
         return None
+
+    def _origin(self, value: fx.Node, inside: Sequence[fx.Node]) -> fx.Node | None:
+        """The value outside the run that ``value`` continues along residual adds, splits and joins of streams."""
+        if value not in inside:
+            return self.e[value]
+        whole = rejoined(value)
+        if whole is not None:
+            return self._origin(whole, inside)
+        source, *rest = value.args
+        if isinstance(source, fx.Node) and is_call(source):
+            origin = stream_origins(self.before.functions[callee(source)], self.binding)[rest[0]]  # type: ignore[index]
+            return None if origin is None else self._origin(call_args(source)[origin], inside)
+        if value.target not in (aten.cat.default, aten.slice.Tensor):
+            return None
+        found = [self._origin(n, inside) for n in value.all_input_nodes]
+        known = {n: o for n, o in zip(value.all_input_nodes, found, strict=True) if o is not None}
+        if len(known) < len(found):
+            return None
+        return self.e.op(value.target, *fx.map_arg(value.args, known.__getitem__), at=self.e[value])
 
     def _modules(self, wanted: dict[str, list[str]]) -> None:
         """Modules inside block bodies: the body takes slots and weights, and returns what it computed."""
@@ -301,8 +311,10 @@ class _Rewrite:
         with clone_body(body, new, "cache") as e:
             kept: list[fx.Node] = []
             types = [dense_type(m.output.meta["val"]) for m in modules]
-            groups = [[_formal(e, f"h{k}_{i}", t) for i in range(self.o.order + 1)] for k, t in enumerate(types)]
-            control = _formal(e, "weights", coefficients(e, self.o.order)) if self.o.order else None
+            groups = [
+                [_formal(e, f"{self.name}_{k}_{i}", t) for i in range(self.o.order + 1)] for k, t in enumerate(types)
+            ]
+            control = _formal(e, f"{self.name}_weights", coefficients(e, self.o.order)) if self.o.order else None
             for module, slots in zip(modules, groups, strict=True):
                 node, at = e[module.output], e[module.output].next
                 kept.append(dense(e, node, at))

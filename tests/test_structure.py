@@ -20,7 +20,7 @@ from ditopt.ir.example import Builder, tiny_dit
 from ditopt.ir.interpret import random_inputs, run_program
 from ditopt.ir.outline import outline
 from ditopt.ir.program import Formal, Program, Region, formal
-from ditopt.ir.structure import Module, find_modules
+from ditopt.ir.structure import Module, find_modules, rejoined
 from ditopt.ir.verify import verify
 from ditopt.pipeline import PassManager
 from tests.tiny_models import ZOO, Plain, captured, noise, optimized
@@ -333,6 +333,34 @@ def test_cross_attention_blocks_of_diffusers(name):
 )
 def test_what_is_no_module(write, why):
     assert spell(write)[0] == [], why
+
+
+def slice_of(b, x, start, stop):
+    return b(aten.slice.Tensor, x, 1, start, stop)
+
+
+@pytest.mark.parametrize(
+    ("join", "want"),
+    [
+        (lambda b, x, y: b(aten.cat.default, [slice_of(b, x, 0, 2), slice_of(b, x, 2, 9)], 1), True),
+        (
+            lambda b, x, y: b(aten.cat.default, [slice_of(b, x, 0, 1), slice_of(b, x, 1, 3), slice_of(b, x, 3, 6)], 1),
+            True,
+        ),
+        (lambda b, x, y: b(aten.cat.default, [slice_of(b, x, 2, 9), slice_of(b, x, 0, 2)], 1), False),
+        (lambda b, x, y: b(aten.cat.default, [slice_of(b, x, 0, 2), slice_of(b, x, 3, 9)], 1), False),
+        (lambda b, x, y: b(aten.cat.default, [slice_of(b, x, 0, 2), slice_of(b, x, 2, 4)], 1), False),
+        (lambda b, x, y: b(aten.cat.default, [slice_of(b, x, 0, 2), slice_of(b, y, 2, 9)], 1), False),
+        (lambda b, x, y: b(aten.cat.default, [slice_of(b, x, 0, 3), slice_of(b, x, 3, 6)], 2), False),
+        (lambda b, x, y: b(aten.cat.default, [x], 1), False),
+        (lambda b, x, y: slice_of(b, x, 0, 6), False),
+    ],
+)
+def test_a_stream_that_is_split_and_joined_again_is_itself(join, want):
+    b = Builder()
+    x, y = b.input("x", "latent", 2, 6, 8), b.input("y", "latent", 2, 6, 8)
+    node = join(b, x, y)
+    assert rejoined(node) is (x if want else None)
 
 
 # -- binding times -----------------------------------------------------------------------------------------------------

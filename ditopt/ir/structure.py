@@ -282,6 +282,23 @@ def _is_join(node: fx.Node) -> bool:
     }
 
 
+def rejoined(node: fx.Node) -> fx.Node | None:
+    """The value that ``node`` joins again from all its slices in order; None where it does anything else."""
+    if node.target is not aten.cat.default:
+        return None
+    parts: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+    dim, position = node.args[1] if len(node.args) > 1 else 0, 0
+    if any(p.target is not aten.slice.Tensor or p.args[0] is not parts[0].args[0] for p in parts):
+        return None
+    for part in parts:
+        at, start = part.args[1:3] if len(part.args) > 2 else (*part.args[1:], 0)
+        if at != dim or (start or 0) != position:
+            return None
+        position += part.meta["val"].shape[dim]
+    whole: fx.Node = parts[0].args[0]  # type: ignore[assignment]
+    return whole if _same_shape(whole, node) else None
+
+
 def _branch(value: fx.Node, stream: set[fx.Node], binding: Mapping[fx.Node, Binding]) -> Module | None:
     while value.target in CASTS:
         value = value.args[0]  # type: ignore[assignment]

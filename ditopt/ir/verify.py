@@ -66,7 +66,7 @@ class _Verifier:
         self.unique("memos", [m.name for m in p.memos])
         self.unique("memos", [v for m in p.memos for v in m.values])
         self.unique("decisions", [d.name for d in p.decisions])
-        self.unique("decisions", [d.weights for d in p.decisions])
+        self.unique("decisions", [d.weights for d in p.decisions if d.weights])
         self.unique("regions", [r.id for r in p.regions])
         for name in p.functions:
             if not name.isidentifier() or name in NAMESPACES:
