@@ -72,7 +72,7 @@ def test_last_without_a_number_of_steps_is_said():
 
 def taylorseer(order, anchors, values, at):
     """taylor_utils/__init__.py of the official repository: derivative_approximation and taylor_formula."""
-    factors = {}
+    factors: dict = {}
     for i, (step, value) in enumerate(zip(anchors, values, strict=True)):
         new = {0: value}
         for k in range(order):

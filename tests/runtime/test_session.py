@@ -252,7 +252,8 @@ def test_a_memo_does_not_live_in_the_prompt():
 @pytest.mark.parametrize("hook", [False, True])
 def test_a_request_frees_the_state_of_the_one_before(hook):
     plan, _ = make()
-    made, alive = [], []
+    made: list = []
+    alive: list = []
 
     def full(args):
         alive.append(sum(r() is not None for r in made))
@@ -302,7 +303,8 @@ def test_a_failed_call_leaves_nothing_behind(at, hook):
             y = session.call(plan, args)[0]
         assert torch.equal(y, reference.call(good, args)[0])
         if hook:
-            session.advance(i), reference.advance(i)
+            session.advance(i)
+            reference.advance(i)
     assert failures == 1
     assert session.schedule_rows == reference.schedule_rows
     assert session.stats.hits == reference.stats.hits == {"cache": 4}

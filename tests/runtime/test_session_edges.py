@@ -82,7 +82,12 @@ def test_strides_are_those_of_the_plan():
     assert not x.is_contiguous()
     full = dict(plan.run)["full"]
     contiguous = []
-    run = {**plan.run, "full": lambda args: contiguous.append(args[0].is_contiguous()) or full(args)}
+
+    def watched(args):
+        contiguous.append(args[0].is_contiguous())
+        return full(args)
+
+    run = {**plan.run, "full": watched}
     Session().call(Plan(plan.manifest, run, plan.params), [x, torch.zeros(1), PROMPT])
     assert contiguous == [True]
 
