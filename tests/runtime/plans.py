@@ -28,7 +28,7 @@ def make(interval=None, predictor=None, *, steps=0, memo=False, rows=1, weight=N
     slots = tuple(f"c.{i}" for i in range(n))
     weight = WEIGHT.clone() if weight is None else weight
     shape = (SHAPE[0] * rows, SHAPE[1])
-    calls: Counter = Counter()
+    calls: Counter[str] = Counter()
 
     def full(args):
         calls["full"] += 1

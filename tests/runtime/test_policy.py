@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_last_without_a_number_of_steps_is_said():
 
 def taylorseer(order, anchors, values, at):
     """taylor_utils/__init__.py of the official repository: derivative_approximation and taylor_formula."""
-    factors: dict = {}
+    factors: dict[int, Any] = {}
     for i, (step, value) in enumerate(zip(anchors, values, strict=True)):
         new = {0: value}
         for k in range(order):

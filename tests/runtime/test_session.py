@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -252,8 +253,8 @@ def test_a_memo_does_not_live_in_the_prompt():
 @pytest.mark.parametrize("hook", [False, True])
 def test_a_request_frees_the_state_of_the_one_before(hook):
     plan, _ = make()
-    made: list = []
-    alive: list = []
+    made: list[Any] = []
+    alive: list[int] = []
 
     def full(args):
         alive.append(sum(r() is not None for r in made))
