@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -36,29 +37,31 @@ def still_usable(model, want):
 
 # -- what optimize refuses ---------------------------------------------------------------------------------------------
 
-GIVEN = {
-    "no module": (lambda m: ditopt.optimize(lambda x: x), BadInput, "a function was given; ditopt optimizes an nn.Mod"),
-    "a class": (lambda m: ditopt.optimize(Small), BadInput, "a type was given"),
-    "nothing": (lambda m: ditopt.optimize(None), BadInput, "a NoneType was given"),
+optimize: Any = ditopt.optimize  # called against its types
+explain: Any = ditopt.explain
+GIVEN: dict[str, tuple[Any, Any, str]] = {
+    "no module": (lambda m: optimize(lambda x: x), BadInput, "a function was given; ditopt optimizes an nn.Mod"),
+    "a class": (lambda m: optimize(Small), BadInput, "a type was given"),
+    "nothing": (lambda m: optimize(None), BadInput, "a NoneType was given"),
     "twice": (
-        lambda m: ditopt.optimize(ditopt.optimize(m, target="eager")),
+        lambda m: optimize(optimize(m, target="eager")),
         BadInput,
         r"optimized already; ditopt\.restore\(model\) gives the original",
     ),
     "restore a model": (lambda m: ditopt.restore(m), BadInput, "a Small was given; expected what ditopt.optimize ret"),
     "restore a number": (lambda m: ditopt.restore(3), BadInput, "a int was given; expected what"),
-    "steps zero": (lambda m: ditopt.optimize(m, steps=0), BadInput, "steps=0 given; expected the number of denoising"),
-    "steps text": (lambda m: ditopt.optimize(m, steps="6"), BadInput, "steps='6' given; expected the number"),
-    "steps half": (lambda m: ditopt.optimize(m, steps=6.5), BadInput, r"steps=6\.5 given; expected the number"),
-    "target": (lambda m: ditopt.optimize(m, target="indctor"), BadInput, "called 'indctor'; did you mean 'inductor'?"),
+    "steps zero": (lambda m: optimize(m, steps=0), BadInput, "steps=0 given; expected the number of denoising"),
+    "steps text": (lambda m: optimize(m, steps="6"), BadInput, "steps='6' given; expected the number"),
+    "steps half": (lambda m: optimize(m, steps=6.5), BadInput, r"steps=6\.5 given; expected the number"),
+    "target": (lambda m: optimize(m, target="indctor"), BadInput, "called 'indctor'; did you mean 'inductor'?"),
     "target None": (
-        lambda m: ditopt.optimize(m, target=None),
+        lambda m: optimize(m, target=None),
         BadInput,
         "no target is called None; there are: auto, e",
     ),
-    "target later": (lambda m: ditopt.optimize(m, target="triton"), BadInput, "'triton' is not built yet; use one of"),
-    "roles list": (lambda m: ditopt.optimize(m, roles=["x"]), BadInput, "roles is a list; expected a dict"),
-    "explain": (lambda m: ditopt.explain(3, example_inputs=example()), BadInput, "a int was given; explain takes"),
+    "target later": (lambda m: optimize(m, target="triton"), BadInput, "'triton' is not built yet; use one of"),
+    "roles list": (lambda m: optimize(m, roles=["x"]), BadInput, "roles is a list; expected a dict"),
+    "explain": (lambda m: explain(3, example_inputs=example()), BadInput, "a int was given; explain takes"),
     "export": (lambda m: ditopt.export_onnx(3, "x.onnx"), BadInput, "a int was given; export takes an nn.Module"),
 }
 
@@ -93,7 +96,7 @@ def test_recipes_that_cannot_be_read(model, text):
 
 def test_a_recipe_of_another_type(model):
     with pytest.raises(RecipeError, match="a recipe is a name, a line of text, a path or a Recipe, not int"):
-        ditopt.optimize(model, 7)
+        ditopt.optimize(model, 7)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("region", ["blocks.7:9", "blocks.*.foo", "bloks.*", "aux0.*"])
@@ -118,7 +121,7 @@ def test_a_mask_of_another_length(model):
 
 # -- example inputs ----------------------------------------------------------------------------------------------------
 
-EXAMPLES = {
+EXAMPLES: dict[str, tuple[Any, Any, str]] = {
     "tensor": (lambda e: torch.zeros(2), BadInput, "example_inputs is a Tensor; expected a dict of keyword arg"),
     "text": (lambda e: "abc", BadInput, "example_inputs is a str; expected"),
     "set": (lambda e: {1, 2}, BadInput, "example_inputs is a set; expected"),
@@ -193,13 +196,18 @@ def test_nothing_captured_yet(model, tmp_path):
 
 
 class Odd(nn.Module):
-    """A small model with a line in front of it. Every other line of a subclass is this one's."""
+    """A small model with a line in front of it; subclasses have another one."""
+
+    seen: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = small()
         self.calls = 0
         self.register_buffer("seen", torch.zeros(1))
+
+    def odd(self, x, t):
+        return x
 
     def forward(self, hidden_states, timestep, encoder_hidden_states, pooled_projections, return_dict=True):
         x = self.odd(hidden_states, timestep)
