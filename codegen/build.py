@@ -18,10 +18,11 @@ from ditopt.ir.program import Program
 
 def describe(program: Program, variants: Sequence[Lowered], memos: Sequence[Lowered], **more: Any) -> Manifest:
     """The manifest of a lowered Program; ``more`` are further Manifest fields."""
+    slots = {f.ref for v in variants for f in v.graph.inputs if f.kind == "state"}
     return Manifest(
         inputs=program.inputs,
         outputs=program.outputs,
-        state=program.state,
+        state=tuple(s for s in program.state if s.name in slots),
         decisions=program.decisions,
         memos=program.memos,
         graphs=tuple(v.graph for v in variants),

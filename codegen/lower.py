@@ -18,7 +18,7 @@ from torch import fx
 from ditopt.artifact import StepGraph, Update
 from ditopt.ir.cost import function_flops, step_flops
 from ditopt.ir.edit import Editor, prune
-from ditopt.ir.program import Function, Program, call_args, callee, formal, is_call
+from ditopt.ir.program import Formal, Function, Program, call_args, callee, formal, is_call
 from ditopt.ops import select
 
 Choices = Mapping[str, str]
@@ -48,8 +48,50 @@ def combinations(program: Program, most: int = 8) -> list[Choices]:
 
 
 def lower(program: Program, rows: Iterable[Choices] | None = None) -> list[Lowered]:
-    """One step graph for each row of choices (default: ``combinations``); the first computes everything."""
-    return [_variant(program, row) for row in (combinations(program) if rows is None else rows)]
+    """One step graph for each row of choices (default: ``combinations``); the first computes everything.
+
+    State that no row reads is not kept: where a stream matters only through what is skipped (the text stream of joint
+    attention), nothing of it has to be remembered.
+    """
+    wanted = combinations(program) if rows is None else list(rows)
+    program = _with_state(program, live_state(program, wanted))
+    return [_variant(program, row) for row in wanted]
+
+
+def live_state(program: Program, rows: Sequence[Choices]) -> set[str]:
+    """The slots that some row reads, to compute an output or another slot that is read."""
+    live: set[str] = set()
+    while True:
+        kept = _with_state(program, live)
+        found = set()
+        for row in rows:
+            step = _decided(kept, row).step
+            new = zip(step.results[step.n_results :], step.state_out, strict=True)
+            moved = {*step.results[: step.n_results], *(r for r, slot in new if not _holds(r, slot))}
+            state = [p for p in step.placeholders if formal(p).kind == "state"]
+            read = [p for p in state if p in moved or set(p.users) - {step.output}]
+            found |= {formal(p).ref for p in read}
+        if found <= live:
+            return live
+        live |= found
+
+
+def _holds(node: fx.Node, slot: str) -> bool:
+    """Whether ``node`` is what ``slot`` held before: an update that changes nothing."""
+    return node.op == "placeholder" and formal(node) == Formal("state", slot)
+
+
+def _with_state(program: Program, slots: set[str]) -> Program:
+    """``program`` with only these slots among its results and its state."""
+    step = program.step
+    if set(step.state_out) <= slots:
+        return program
+    kept = [(r, s) for r, s in zip(step.results[step.n_results :], step.state_out, strict=True) if s in slots]
+    with Editor(step, "lower") as e:
+        e.set_results([e[r] for r in step.results[: step.n_results]] + [e[r] for r, _ in kept], [s for _, s in kept])
+        e.drop_dead()
+    state = tuple(s for s in program.state if s.name in slots)
+    return program.replace(functions={**program.functions, program.entry: e.function()}, state=state)
 
 
 def lower_memos(program: Program) -> list[Lowered]:
@@ -73,8 +115,7 @@ def variant_name(choices: Choices) -> str:
 
 
 def _variant(program: Program, choices: Choices) -> Lowered:
-    functions = {name: _decide(f, choices) for name, f in program.functions.items()}
-    decided = _trim_calls(program.replace(functions=functions, decisions=(), memos=()))
+    decided = _decided(program, choices)
     step = decided.step
     results, updates, outputs = step.results, [], 0
     keep = list(results[: step.n_results])
@@ -103,6 +144,12 @@ def _variant(program: Program, choices: Choices) -> Lowered:
     return Lowered(graph, decided)
 
 
+def _decided(program: Program, choices: Choices) -> Program:
+    """``program`` with every decision fixed, and without what only the other choices need."""
+    functions = {name: _decide(f, choices) for name, f in program.functions.items()}
+    return _trim_calls(program.replace(functions=functions, decisions=(), memos=()))
+
+
 def _decide(function: Function, choices: Choices) -> Function:
     """``function`` with every select replaced by the operand that ``choices`` takes."""
     with Editor(function, "lower") as e:
@@ -115,21 +162,53 @@ def _decide(function: Function, choices: Choices) -> Function:
 
 
 def _trim_calls(program: Program) -> Program:
-    """Bodies without results that no call reads and without formals they do not read; calls to match."""
-    live: dict[str, set[int]] = {}
+    """Bodies without results that nobody needs and without formals they do not read; calls to match."""
+    live = _live_results(program)
+    bodies = {name: _with_results(program.functions[name], sorted(keep)) for name, keep in live.items() if keep}
     with Editor(program.step, "lower") as e:
+        for call in [n for n in e.graph.nodes if is_call(n)]:
+            name = callee(call)
+            if name in bodies:
+                _recall(e, call, program.functions[name], bodies[name], sorted(live[name]))
         e.drop_dead(formals=False)
-        calls = [n for n in e.graph.nodes if is_call(n)]
-        for call in calls:
-            live.setdefault(callee(call), set()).update(int(u.args[1]) for u in call.users)
-        bodies = {name: _with_results(program.functions[name], sorted(keep)) for name, keep in live.items()}
-        for call in calls:
-            _recall(e, call, program.functions[callee(call)], bodies[callee(call)], sorted(live[callee(call)]))
-        e.drop_dead(formals=False)
-    out = prune(program.replace(functions={**program.functions, **bodies, program.entry: e.function()}))
-    # a body that reads less may leave results of earlier calls unread: again, until nothing shrinks
-    shrunk = any(len(f.placeholders) < len(program.functions[name].placeholders) for name, f in bodies.items())
-    return _trim_calls(out) if shrunk else out
+    return prune(program.replace(functions={**program.functions, **bodies, program.entry: e.function()}))
+
+
+def _live_results(program: Program) -> dict[str, set[int]]:
+    """For each body the results that some call needs, as few as possible.
+
+    Counting readers would not do: where equal blocks follow one another, a stream that nobody needs in the end is still
+    read by the next call of the same body, to compute that same stream. So liveness starts empty and grows.
+    """
+    reads = {callee(c): _formals_of_results(program.functions[callee(c)]) for c in program.calls()}
+    live: dict[str, set[int]] = {name: set() for name in reads}
+    while True:
+        before = {name: set(found) for name, found in live.items()}
+        seen: set[fx.Node] = set()
+        todo = list(program.step.results)
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            source = node.args[0] if node.args else None
+            if isinstance(source, fx.Node) and is_call(source):
+                live[callee(source)].add(int(node.args[1]))  # type: ignore[arg-type]
+                needed = set().union(*(reads[callee(source)][k] for k in live[callee(source)]))
+                todo += [call_args(source)[i] for i in needed]
+            else:
+                todo += node.all_input_nodes
+        if live == before:
+            return live
+
+
+def _formals_of_results(body: Function) -> list[set[int]]:
+    """For each result of a body, the formals that it is computed from."""
+    found: dict[fx.Node, set[int]] = {p: {i} for i, p in enumerate(body.placeholders)}
+    for node in body.graph.nodes:
+        if node.op == "call_function":
+            found[node] = set().union(*(found[a] for a in node.all_input_nodes))
+    return [found[r] for r in body.results]
 
 
 def _with_results(body: Function, keep: Sequence[int]) -> Function:
@@ -148,4 +227,5 @@ def _recall(e: Editor, node: fx.Node, old: Function, new: Function, keep: Sequen
     values: list[Any] = [node.meta["val"][i] for i in keep]
     results = e.call(callee(node), args, values, node, str(node.meta["region"]))
     for user in list(node.users):
-        user.replace_all_uses_with(results[keep.index(int(user.args[1]))])  # type: ignore[arg-type]
+        if int(user.args[1]) in keep:  # type: ignore[arg-type]
+            user.replace_all_uses_with(results[keep.index(int(user.args[1]))])  # type: ignore[arg-type]

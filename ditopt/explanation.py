@@ -194,9 +194,10 @@ def _graphs(program: Program, target: str) -> list[str]:
 
 
 def _state(program: Program) -> list[str]:
+    read = {f.ref for v in lower(program) for f in v.graph.inputs if f.kind == "state"}
     lines = []
     for life, where in (("request", "a guidance branch"), ("model", "the model")):
-        slots = [s for s in program.state if s.lifetime == life]
+        slots = [s for s in program.state if s.lifetime == life and s.name in read]
         if slots:
             lines.append(f"{size(sum(s.type.nbytes for s in slots))} for {where} in {len(slots)} slots")
     for memo in program.memos:
