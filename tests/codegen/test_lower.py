@@ -207,6 +207,18 @@ def test_a_module_that_is_skipped_takes_only_its_own_weights_with_it():
     assert gone == {f"blocks.{i}.{m}.{k}" for i in range(4) for m in ("qkv", "out") for k in ("weight", "bias")}
 
 
+def test_state_that_no_step_reads_is_not_kept():
+    # where every attention is skipped, the text stream of joint attention matters to nothing: only image slots remain
+    program = optimized("sd3", "cache{region=blocks.*.attn|blocks.*.mlp}")
+    full, reuse = lower(program)
+    read = {f.ref for f in reuse.graph.inputs if f.kind == "state"}
+    assert {u.slot for u in full.graph.updates} == read
+    assert 0 < len(read) < len(program.state)
+    manifest, _ = build(program, "eager")
+    assert {s.name for s in manifest.state} == read
+    assert "encoder_hidden_states" not in {f.ref for f in reuse.graph.inputs}
+
+
 def test_a_skipped_model_reads_nothing_but_its_slots():
     _, reuse = lower(optimized("plain", "cache{region=model}"))
     assert kinds(reuse.graph) == {"state"}
