@@ -1,0 +1,1 @@
+"""The video model: sprites that move over a textured ground."""
