@@ -16,7 +16,8 @@ from ditopt.errors import BadInput, DitoptError, DitoptWarning
 
 EXAMPLES = """\
 examples:
-  ditopt demo                                          sample the shipped model by every recipe; writes report.html
+  ditopt demo                                          sample the digits model by every recipe; writes report.html
+  ditopt demo --model sprites --out sprites.html       the same on another shipped model, here of videos
   ditopt recipes taylorseer                            what a recipe is, where it comes from, its parameters
   ditopt explain digits --recipe taylorseer            structure, binding times, what each pass does and why not more
   ditopt show digits --recipe lossless --after outline_blocks
@@ -108,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--model", default="digits", help="a shipped model (default: digits)")
     demo.add_argument("--steps", type=_count, default=30, help="denoising steps (default: 30)")
     demo.add_argument("--out", default="report.html", metavar="FILE", help="the report (default: report.html)")
-    demo.add_argument("--quick", action="store_true", help="two recipes on eager, few images")
+    demo.add_argument("--quick", action="store_true", help="two recipes on eager, few samples")
 
     recipes = command("recipes", _recipes, "list the recipes, or describe one")
     recipes.add_argument("name", nargs="?", metavar="NAME")
@@ -135,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--targets", nargs="+", default=["eager"], metavar="T")
     bench.add_argument("--steps", type=_count, default=30, help="denoising steps (default: 30)")
     bench.add_argument("--fewer", type=_count, nargs="*", default=[], metavar="N", help="more plain step counts")
-    bench.add_argument("--per-class", type=_count, default=2, help="images of each class in a request (default: 2)")
+    bench.add_argument("--samples", type=_count, help="samples in a request (default: what the model's demo takes)")
     bench.add_argument("--rounds", type=_count, default=3, help="measured requests of each row (default: 3)")
     bench.add_argument("--compile", action="store_true", help="measure torch.compile of the plain model too")
     bench.add_argument("--out", metavar="FILE", help="write here instead of stdout")
@@ -192,7 +193,7 @@ def _bench(args: argparse.Namespace) -> None:
     wanted, skipped = demo.runnable([(r, t) for t in args.targets for r in args.recipes])
     if skipped:
         raise BadInput("; ".join(skipped))
-    model = demo.shipped(args.model, args.per_class)
+    model = demo.shipped(args.model, args.samples)
     found = demo.bench(model, wanted, steps=args.steps, fewer=args.fewer, rounds=args.rounds, compiled=args.compile)
     text = measure.to_csv(found.rows, **demo.machine(), model=args.model, full_steps=args.steps)
     if args.out:
@@ -324,7 +325,7 @@ def _load(spec: str) -> tuple[Any, dict[str, Any], Callable[[int], list[float]] 
         pipe.scheduler.set_timesteps(steps)
         return [float(t) for t in pipe.scheduler.timesteps]
 
-    return pipe.transformer, _first_call(pipe, zoo.config(spec)["sampling"]), times
+    return pipe.transformer, _first_call(pipe, zoo.package(spec).prompts(1, 0), zoo.config(spec)["sampling"]), times
 
 
 class _Called(Exception):
@@ -335,7 +336,7 @@ class _Called(Exception):
         self.kwargs = kwargs
 
 
-def _first_call(pipe: Any, sampling: dict[str, Any]) -> dict[str, Any]:
+def _first_call(pipe: Any, prompts: Sequence[Any], sampling: dict[str, Any]) -> dict[str, Any]:
     """The arguments with which the pipeline calls its denoiser, as its own code makes them."""
     from ditopt.capture import bind
 
@@ -345,7 +346,7 @@ def _first_call(pipe: Any, sampling: dict[str, Any]) -> dict[str, Any]:
 
     handle = pipe.transformer.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        pipe([0], **sampling)
+        pipe(prompts, **sampling)
     except _Called as called:
         return called.kwargs
     finally:

@@ -14,7 +14,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +26,6 @@ import ditopt
 from ditopt import measure, zoo
 from ditopt.errors import BadInput
 from ditopt.measure import Comparison, Contender
-from ditopt.pipeline import suggest
 
 DEMO = (
     ("lossless", "eager"),
@@ -48,37 +47,29 @@ QUICK = (("lossless", "eager"), ("forecast", "eager"))
 
 @dataclass(frozen=True)
 class Shipped:
-    """A shipped model and how to sample it: ``per_class`` images of each class a request, ordered by rank, then class.
+    """A shipped model and how to sample it: ``count`` samples a request.
 
-    The order of the classes in a request depends on the seed, so that each request has prompts of its own and nothing
-    that depends on them can be carried over from the request before.
+    The prompts of a request depend on its seed, so that nothing that depends on them can be carried over from the
+    request before.
     """
 
     name: str
     pipe: Any
-    per_class: int
+    count: int
 
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return int(self.pipe.transformer.config.num_embeds_ada_norm)
-
-    @property
-    def labels(self) -> Tensor:
-        """Class of each image that ``sample`` returns."""
-        return torch.arange(self.classes).repeat(self.per_class)
+    def prompts(self, seed: int) -> Sequence[Any]:
+        """The prompts of the request with this seed."""
+        return zoo.package(self.name).prompts(self.count, seed)
 
     def sample(self, pipe: Any, seed: int, steps: int, /) -> Tensor:
-        """One request on ``pipe`` (a Sampler): images (classes * per_class, C, H, W) in [0, 1]."""
-        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed))
+        """One request on ``pipe`` (a Sampler): samples (count, C, H, W) or (count, C, frames, H, W) in [0, 1]."""
         settings = {**zoo.config(self.name)["sampling"], "num_inference_steps": steps}
-        images = pipe(self.labels[order].tolist(), generator=torch.Generator().manual_seed(seed), **settings)
-        return cast(Tensor, images)[order.argsort()]
+        return cast(Tensor, pipe(self.prompts(seed), generator=torch.Generator().manual_seed(seed), **settings))
 
-    def accuracy(self, images: Tensor) -> float:
-        """Share of images, of any number of requests, that the shipped classifier recognises."""
-        labels = self.labels.repeat(len(images) // len(self.labels))
-        return float((zoo.classify(self.name, images) == labels).float().mean())
+    def accuracy(self, samples: Tensor) -> float:
+        """Share of what the prompts say that the shipped classifier sees in the samples of requests 0, 1, ..."""
+        prompts = [p for seed in range(len(samples) // self.count) for p in self.prompts(seed)]
+        return float(zoo.package(self.name).score(samples, prompts).mean())
 
     def pipeline(self) -> Any:
         """Another pipeline around the same weights, with a scheduler of its own."""
@@ -88,15 +79,9 @@ class Shipped:
         return made
 
 
-def shipped(name: str, per_class: int = 2) -> Shipped:
-    """A shipped model, ready to sample; BadInput where there is none of this name."""
-    _check(name)
-    return Shipped(name, zoo.load(name), per_class)
-
-
-def _check(name: str) -> None:
-    if name not in zoo.names():
-        raise BadInput(f"no shipped model is called {name!r}; {suggest(name, zoo.names())}")
+def shipped(name: str, count: int | None = None) -> Shipped:
+    """A shipped model, ready for requests of ``count`` samples; BadInput where there is none of this name."""
+    return Shipped(name, zoo.load(name), count or zoo.package(name).REQUEST)
 
 
 def contenders(model: Shipped, wanted: Sequence[tuple[str, str]], steps: int, compiled: bool) -> list[Contender]:
@@ -170,10 +155,12 @@ def demo(
 ) -> str:
     """Run the demo, write its report to ``out`` (None: no report), and return the text to print."""
     began = time.perf_counter()
-    _check(name)
+    zoo.config(name)  # an unknown name is said before anything else
     if progress:
         print(f"loading {name} ...", file=sys.stderr)
-    model = shipped(name, per_class=1 if quick else 2)
+    model = shipped(name)
+    if quick:
+        model = replace(model, count=model.count // 2)
     wanted, notes = runnable(QUICK if quick else DEMO)
     fewer = sorted({n for n in (steps * 2 // 3, steps // 2, steps // 3, steps // 5) if 1 <= n < steps})
     compiled = not quick and bool(runnable([("", "inductor")])[0])
@@ -191,7 +178,7 @@ def demo(
     denoiser = model.pipe.transformer
     size = sum(p.numel() for p in denoiser.parameters()) / 1e6
     lines = [
-        f"{name}: {type(denoiser).__name__}, {size:.2f} M parameters; {found.rounds} x {len(model.labels)} images, "
+        f"{name}: {type(denoiser).__name__}, {size:.2f} M parameters; {found.rounds} x {model.count} samples, "
         f"{steps} steps; torch {torch.__version__}, {torch.get_num_threads()} threads",
         "",
         measure.table(found.rows),
@@ -202,7 +189,9 @@ def demo(
         from ditopt.report import write
 
         fast = {k: f for k, m in found.models.items() if (f := measure.optimized(m)) is not None}
-        write(fast, out, _pictures(found), found.rows)
+        order = sorted(range(model.count), key=model.prompts(0).__getitem__)
+        pictures = {k: found.images[k][order] for k in map(measure.label, found.rows)}
+        write(fast, out, pictures, found.rows)
         lines.append(f"Pictures, schedules and what each pass did: {out}")
     lines.append(f"({time.perf_counter() - began:.0f} s in all)")
     return "\n".join(lines) + "\n"
@@ -213,16 +202,11 @@ LEGEND = (
     "blocks, and with the filling of hoisted values).",
     "speed: time of the plain eager model / own time, median over rounds, in turns; prepare: seconds of capture, "
     "passes and compilation, once.",
-    "PSNR: to the plain images of the same seed, median and 5th percentile over samples; inf means bit-equal. "
-    "accuracy: share of samples that a classifier trained on real images recognises.",
+    "PSNR: to the plain samples of the same seed, median and 5th percentile over samples; inf means bit-equal. "
+    "accuracy: share of what the prompts say that a classifier trained on real data sees in the samples.",
     "A recipe that gives less than plain sampling with fewer steps for the same FLOPs is marked as losing.",
 )
 
 
 def _wrapped(text: str) -> str:
     return textwrap.fill(text, 110, subsequent_indent="  ")
-
-
-def _pictures(found: Comparison) -> dict[str, Tensor]:
-    """The images of plain, of the fewer-steps rows, and of each recipe."""
-    return {k: found.images[k] for k in (measure.label(r) for r in found.rows)}

@@ -1,8 +1,9 @@
-"""Drawings of the report: PNG without an image library, two SVG charts, and the style of the page."""
+"""Drawings of the report: still and animated PNG without an image library, two SVG charts, and the page's style."""
 
 from __future__ import annotations
 
 import html
+import itertools
 import math
 import struct
 import zlib
@@ -23,34 +24,60 @@ WIDEST = 1600
 """Pixels of the widest picture; larger grids are averaged down."""
 
 
+FRAME_MS = 125
+"""Milliseconds that a frame of an animated picture shows."""
+
+
 def grid(batch: Tensor, columns: int = COLUMNS) -> Tensor:
-    """(N, C, H, W) -> one picture (C, rows * (H + 1) - 1, columns * (W + 1) - 1); gaps and missing images are 0."""
+    """(N, C, H, W) -> one picture (C, rows * (H + 1) - 1, columns * (W + 1) - 1); gaps and missing images are 0.
+
+    Of videos (N, C, frames, H, W) the same for each frame: (C, frames, rows * (H + 1) - 1, ...).
+    """
     columns = min(columns, len(batch))
-    shrink = max(1, math.ceil(columns * batch.shape[3] / WIDEST))
+    shrink = max(1, math.ceil(columns * batch.shape[-1] / WIDEST))
     if shrink > 1:
-        batch = torch.nn.functional.avg_pool2d(batch.float(), shrink, ceil_mode=True)
-    n, c, h, w = batch.shape
+        flat = batch.float().flatten(0, -4)
+        batch = torch.nn.functional.avg_pool2d(flat, shrink, ceil_mode=True).unflatten(0, batch.shape[:-3])
+    n, *inner, h, w = batch.shape
     rows = math.ceil(n / columns)
-    out = torch.zeros(c, rows * (h + 1) - 1, columns * (w + 1) - 1)
+    out = torch.zeros(*inner, rows * (h + 1) - 1, columns * (w + 1) - 1)
     for i, image in enumerate(batch):
         top, left = i // columns * (h + 1), i % columns * (w + 1)
-        out[:, top : top + h, left : left + w] = image
+        out[..., top : top + h, left : left + w] = image
     return out
 
 
 def png(image: Tensor) -> bytes:
-    """A (1 or 3, H, W) picture in [0, 1] as an 8-bit PNG file."""
-    channels, height, width = image.shape
-    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
-    unfiltered = torch.zeros(height, 1, dtype=torch.uint8)  # each line of a PNG begins with its filter
-    lines = torch.cat([unfiltered, pixels.reshape(height, -1)], 1)
+    """A (1 or 3, H, W) picture in [0, 1] as an 8-bit PNG file; (1 or 3, frames, H, W) as an animated one, in a loop.
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
+    Whatever cannot show animated PNG files shows the first frame of it.
+    """
+    channels, *_, height, width = image.shape
     head = struct.pack(">IIBBBBB", width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)
-    body = zlib.compress(lines.numpy().tobytes(), 9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    frames = image.unbind(1) if image.ndim == 4 else (image,)
+    chunks = [_chunk(b"IHDR", head)]
+    if len(frames) > 1:
+        chunks.append(_chunk(b"acTL", struct.pack(">II", len(frames), 0)))  # 0: for ever
+    numbers = itertools.count()  # of control and data chunks together
+    for i, frame in enumerate(frames):
+        if len(frames) > 1:
+            control = (next(numbers), width, height, 0, 0, FRAME_MS, 1000, 0, 0)  # at 0, 0; replaces what was there
+            chunks.append(_chunk(b"fcTL", struct.pack(">IIIIIHHBB", *control)))
+        data = _lines(frame)
+        chunks.append(_chunk(b"fdAT", struct.pack(">I", next(numbers)) + data) if i else _chunk(b"IDAT", data))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + _chunk(b"IEND", b"")
+
+
+def _lines(image: Tensor) -> bytes:
+    """The packed pixels of a picture; each line of a PNG begins with its filter, here none."""
+    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+    height = len(pixels)
+    lines = torch.cat([torch.zeros(height, 1, dtype=torch.uint8), pixels.reshape(height, -1)], 1)
+    return zlib.compress(lines.numpy().tobytes(), 9)
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def _element(tag: str, text: str = "", **attributes: object) -> str:

@@ -33,7 +33,8 @@ def write(
 ) -> Path:
     """Write the report of one optimized model, or of several by name, to ``path``; returns it.
 
-    images: by name, (N, 1 or 3, H, W) in [0, 1]; the first is the reference that the others are compared with.
+    images: by name, (N, 1 or 3, H, W) in [0, 1], or videos (N, 1 or 3, frames, H, W), which are shown as animated
+    pictures; the first is the reference that the others are compared with.
     rows: of ``measure.compare``. BadInput where a model was not captured yet or images differ in shape.
     """
     models = {str(fast.engine.recipe): fast} if isinstance(fast, OptimizedModule) else dict(fast)
@@ -123,9 +124,9 @@ def _images(images: Mapping[str, Tensor]) -> str:
     reference = next(iter(images.values()))
     figures = []
     for name, batch in images.items():
-        if batch.ndim != 4 or batch.shape[1] not in (1, 3) or batch.shape != reference.shape:
-            given = tuple(batch.shape)
-            raise BadInput(f"images of {name!r} have shape {given}; expected (N, 1 or 3, H, W), alike for all names")
+        if batch.ndim not in (4, 5) or batch.shape[1] not in (1, 3) or batch.shape != reference.shape:
+            expected = "(N, 1 or 3, H, W), or (N, 1 or 3, frames, H, W) for videos, alike for all names"
+            raise BadInput(f"images of {name!r} have shape {tuple(batch.shape)}; expected {expected}")
         body, said = _picture(batch, f"samples: {name}"), "the reference"
         if batch is not reference:
             difference = (batch - reference).abs()

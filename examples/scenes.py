@@ -8,18 +8,14 @@ A caption fixes words only; exact places, sizes, tints and the phase of the text
 
 from __future__ import annotations
 
-import argparse
-import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageDraw
 
-from ditopt import zoo
-from ditopt.zoo.captions import COLOURS, GROUNDS, PLACES, RELATIONS, SHAPES, SIZES, TEXTURES, Item, Scene, parse
+from ditopt.zoo.scenes.captions import COLOURS, GROUNDS, PLACES, RELATIONS, SHAPES, SIZES, TEXTURES, Item, Scene, parse
+from examples import showing
 
 Array = npt.NDArray[np.float32]
 
@@ -103,7 +99,8 @@ def texture(kind: str, shift_x: float, shift_y: float) -> Array:
     raise ValueError(f"no drawing for {kind!r}")
 
 
-def _column(rgb: tuple[float, float, float]) -> Array:
+def column(rgb: tuple[float, float, float]) -> Array:
+    """A colour that broadcasts over (3, SIZE, SIZE)."""
     return np.array(rgb, dtype=np.float32)[:, None, None]
 
 
@@ -111,7 +108,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> Array:
     """A picture of ``scene``, (3, SIZE, SIZE) in [0, 1]; ``rng`` decides what the caption leaves open."""
     light = texture(scene.texture, *rng.uniform(0, 8, 2))
     tone = TONES[0] + (TONES[1] - TONES[0]) * light
-    picture = _column(DIM[scene.ground]) * tone * rng.uniform(0.9, 1.1)
+    picture = column(DIM[scene.ground]) * tone * rng.uniform(0.9, 1.1)
 
     def put(item: Item, place: str, along: float, across: float) -> None:
         nonlocal picture
@@ -119,7 +116,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> Array:
         free = (across, along) if place in ("top", "bottom") else (along, across)
         x, y = x + rng.uniform(-free[0], free[0]), y + rng.uniform(-free[1], free[1])
         mask = coverage(item.shape, x, y, rng.uniform(*RADIUS[item.size]))
-        colour = _column(RGB[item.colour]) * rng.uniform(0.92, 1.0)
+        colour = column(RGB[item.colour]) * rng.uniform(0.92, 1.0)
         picture = picture * (1 - mask) + colour * mask
 
     if scene.second is None:
@@ -151,37 +148,5 @@ def batch(seed: int | Sequence[int], count: int) -> tuple[torch.Tensor, list[Sce
     return torch.from_numpy(np.stack([draw(s, rng) for s in scenes])), scenes
 
 
-def sheet(pictures: Sequence[torch.Tensor], titles: Sequence[str], columns: int = 8, scale: int = 4) -> Image.Image:
-    """A contact sheet of (3, H, W) pictures in [0, 1], all of one shape, each over its title."""
-    height, width = (side * scale for side in pictures[0].shape[1:])
-    cell_x, cell_y = width + 8, height + 44
-    out = Image.new("RGB", (columns * cell_x, -(-len(pictures) // columns) * cell_y), "white")
-    pen = ImageDraw.Draw(out)
-    for i, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
-        left, top = i % columns * cell_x + 4, i // columns * cell_y + 4
-        pixels = (picture.permute(1, 2, 0).float().clamp(0, 1) * 255).round().byte().numpy()
-        out.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (left, top))
-        pen.multiline_text((left, top + height + 1), textwrap.fill(title, width // 6), fill="black", spacing=1)
-    return out
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--show", type=Path, required=True, metavar="PNG", help="write a contact sheet")
-    parser.add_argument("--caption", action="append", help="draw this instead of random scenes; may be repeated")
-    parser.add_argument("--count", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    rng = np.random.default_rng(args.seed)
-    scenes = [parse(c) for c in args.caption] if args.caption else [sample(rng) for _ in range(args.count)]
-    pictures = [torch.from_numpy(draw(s, rng)) for s in scenes]
-    if "scenes" in zoo.names():
-        samples = zoo.load("scenes")([s.caption() for s in scenes], generator=torch.Generator().manual_seed(args.seed))
-        gap = torch.ones(3, SIZE, 2)
-        pictures = [torch.cat([real, gap, drawn], 2) for real, drawn in zip(pictures, samples, strict=True)]
-    sheet(pictures, [s.caption() for s in scenes], columns=min(8, len(scenes))).save(args.show)
-    print(f"{len(scenes)} scenes in {args.show}")
-
-
 if __name__ == "__main__":
-    main()
+    showing.main("scenes", __doc__, parse, sample, draw)

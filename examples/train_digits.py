@@ -2,42 +2,61 @@
 
 Data: scikit-learn's handwritten digits (1,797 real images of 8x8 pixels, inside the package), enlarged to 16x16.
 Method: flow matching with a class-conditional diffusers DiT; one label in ten is dropped for classifier-free guidance.
-The command shows progress, checkpoints every five minutes, resumes from its checkpoint, and ends by sampling: it
-fails when the logistic regression recognises fewer than 95 % of the samples.
+The command shows progress, checkpoints every five minutes and resumes from its checkpoint. Then
+
+    python -m examples.train_digits --evaluate      sample from the checkpoint, classify, and judge
+    python -m examples.train_digits --ship          the same, and write the model into ditopt/zoo when it passes
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import diffusers
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from diffusers import DiTTransformer2DModel
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
-from tqdm import tqdm
+from torch import Tensor
+from torch.nn import functional as F
 
-from ditopt import zoo
+from ditopt.zoo.digits import CLASSES, POOL, assemble, read
+from examples import judging, showing
+from examples.training import fit, sigmas, trained
 
-NO_CLASS = 10
+CONFIG: dict[str, Any] = {
+    "denoiser": {
+        "_class_name": "DiTTransformer2DModel",
+        "num_attention_heads": 4,
+        "attention_head_dim": 32,
+        "in_channels": 1,
+        "out_channels": 1,
+        "num_layers": 10,
+        "sample_size": 16,
+        "patch_size": 2,
+        "num_embeds_ada_norm": CLASSES,
+    },
+    "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0},
+    "sampling": {"num_inference_steps": 30, "guidance_scale": 2.0},
+    "training": "python -m examples.train_digits",
+}
 THRESHOLD = 0.95
+"""Share of samples that the classifier must recognise."""
 
 
-def data() -> tuple[torch.Tensor, torch.Tensor]:
+def data() -> tuple[Tensor, Tensor]:
     """Images (1797, 1, 16, 16) in [-1, 1] and their classes."""
     digits = load_digits()
     small = torch.from_numpy(digits.images).float()[:, None] / 16
-    large = torch.nn.functional.interpolate(small, size=16, mode="bilinear", align_corners=False)
+    large = F.interpolate(small, size=16, mode="bilinear", align_corners=False)
     return large * 2 - 1, torch.from_numpy(digits.target)
 
 
-def train_classifier(images: torch.Tensor, labels: torch.Tensor) -> tuple[dict[str, torch.Tensor], float]:
+def train_classifier(images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], float]:
     """A logistic regression on real digits, and its accuracy on a fifth that it has not seen."""
-    pixels = torch.nn.functional.adaptive_avg_pool2d(images / 2 + 0.5, 8).flatten(1).numpy()
+    pixels = F.adaptive_avg_pool2d(images / 2 + 0.5, POOL).flatten(1).numpy()
     order = np.random.default_rng(0).permutation(len(labels))
     train, held_out = order[: len(order) * 4 // 5], order[len(order) * 4 // 5 :]
     model = LogisticRegression(max_iter=2000, C=1.0).fit(pixels[train], labels.numpy()[train])
@@ -48,106 +67,52 @@ def train_classifier(images: torch.Tensor, labels: torch.Tensor) -> tuple[dict[s
     return weights, float(model.score(pixels[held_out], labels.numpy()[held_out]))
 
 
-def evaluate(out: str, per_class: int = 40) -> float:
-    """Share of samples of the shipped pipeline that the classifier recognises."""
-    pipe = zoo.load(out)
-    labels = torch.arange(10).repeat_interleave(per_class)
-    images = pipe(labels.tolist(), generator=torch.Generator().manual_seed(1234), **zoo.config(out)["sampling"])
-    return float((zoo.classify(out, images) == labels).float().mean())
-
-
-def save(model: torch.nn.Module, averaged: dict[str, torch.Tensor], folder: Path) -> None:
-    save_file({k: v.half().contiguous() for k, v in averaged.items()}, folder / "model.safetensors")
-
-
-def train(minutes: float, batch: int, steps: int, checkpoint: Path) -> None:
-    folder = zoo.HERE / "digits"
+def train(minutes: float, size: int, steps: int, checkpoint: Path) -> None:
+    """Train until ``steps`` or for ``minutes``, whichever is first; continues from ``checkpoint``."""
     torch.manual_seed(0)
-    settings = json.loads((folder / "config.json").read_text())["denoiser"]
     # eval mode: the blocks would otherwise each drop labels on their own dice; the dropping is done below, once a row
-    model = getattr(diffusers, settings["_class_name"]).from_config(settings).eval()
+    model = DiTTransformer2DModel.from_config(CONFIG["denoiser"]).eval()
     images, labels = data()
-    weights, accuracy = train_classifier(images, labels)
-    save_file(weights, folder / "classifier.safetensors")
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{count / 1e6:.2f} M parameters; classifier recognises {accuracy:.1%} of held-out real digits", flush=True)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, betas=(0.9, 0.99))
-    averaged = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    start, spent = 0, 0.0
-    if checkpoint.is_file():
-        saved = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        averaged, start, spent = saved["averaged"], saved["step"], saved["seconds"]
-        print(f"resumed at step {start}", flush=True)
-    began = last_saved = time.time()
-
-    def keep(step: int) -> None:
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "averaged": averaged,
-            "step": step,
-            "seconds": spent + time.time() - began,
-        }
-        torch.save(state, checkpoint.with_suffix(".part"))
-        checkpoint.with_suffix(".part").replace(checkpoint)
-        save(model, averaged, folder)
-
-    running = None
-    progress = tqdm(range(start, steps), initial=start, total=steps, mininterval=5)
-    step = start
-    for step in progress:
-        generator = torch.Generator().manual_seed(step)  # by step, so that a resumed run sees the same batches
-        rows = torch.randint(len(images), (batch,), generator=generator)
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(images), (size,), generator=generator)
         x, y = images[rows], labels[rows].clone()
-        y[torch.rand(batch, generator=generator) < 0.1] = NO_CLASS
+        y[torch.rand(size, generator=generator) < 0.1] = CLASSES
         noise = torch.randn(x.shape, generator=generator)
-        sigma = torch.sigmoid(torch.randn(batch, generator=generator)).clamp(1e-3, 1 - 1e-3)
-        sigma[: batch // 4] = torch.rand(batch // 4, generator=generator)  # the ends matter to the sampler too
-        mixed = (1 - sigma[:, None, None, None]) * x + sigma[:, None, None, None] * noise
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1.0, (step + 1) / 200) * (0.5 + 0.5 * float(np.cos(np.pi * step / steps)))
+        sigma = sigmas(size, generator, CONFIG["scheduler"]["shift"])
+        at = sigma[:, None, None, None]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            velocity = model(mixed, timestep=sigma * 1000, class_labels=y, return_dict=False)[0]
-        loss = ((velocity.float() - (noise - x)) ** 2).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        decay = min(0.999, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for k, v in model.state_dict().items():
-                averaged[k].lerp_(v, 1 - decay)
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        progress.set_postfix(loss=f"{running:.4f}")
-        if time.time() - last_saved > 300:
-            keep(step + 1)
-            last_saved = time.time()
-        if time.time() - began > minutes * 60:
-            print("time is up")
-            break
-    keep(step + 1)
-    print(
-        f"trained {step + 1} steps in {(spent + time.time() - began) / 60:.0f} min on {torch.get_num_threads()} threads"
-    )
+            velocity = model((1 - at) * x + at * noise, timestep=sigma * 1000, class_labels=y, return_dict=False)[0]
+        return F.mse_loss(velocity.float(), noise - x)
+
+    fit(model, loss, steps=steps, minutes=minutes, checkpoint=checkpoint)
+
+
+def judge(pipe: Any, classifier: Mapping[str, Tensor], count: int, show: Path | None) -> float:
+    """Print what the samples are worth; the share of them that the classifier recognises."""
+    classes = [i % CLASSES for i in range(count)]
+    samples = pipe(classes, generator=torch.Generator().manual_seed(1234), **CONFIG["sampling"])
+    share = float((read(classifier, samples) == torch.tensor(classes)).float().mean())
+    print(f"the classifier recognises {share:.1%} of {count} samples")
+    judging.print_influence(judging.influence(pipe, classes[:CLASSES]))
+    if show is not None:
+        showing.write([s.expand(3, -1, -1) for s in samples[:80]], [str(c) for c in classes[:80]], show)
+    return share
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=120, help="stop after this long; a later run resumes")
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--checkpoint", type=Path, default=Path("digits.ckpt"))
-    parser.add_argument("--evaluate", action="store_true", help="only sample and classify")
-    args = parser.parse_args()
-    if not args.evaluate:
+    args = judging.arguments(__doc__, "digits", steps=5_000, batch=64, count=400)
+    if not (args.evaluate or args.ship):
         train(args.minutes, args.batch, args.steps, args.checkpoint)
-    share = evaluate("digits")
-    print(f"the classifier recognises {share:.1%} of 400 samples")
+        return
+    state, step = trained(args.checkpoint, {"model": ""})
+    classifier, accuracy = train_classifier(*data())
+    print(f"judging step {step}; the classifier recognises {accuracy:.1%} of held-out real digits")
+    share = judge(assemble(CONFIG, state), classifier, args.count, args.show)
     if share < THRESHOLD:
         raise SystemExit(f"below the threshold of {THRESHOLD:.0%}: train longer")
+    if args.ship:
+        judging.ship("digits", CONFIG, {**state, "classifier": classifier})
 
 
 if __name__ == "__main__":

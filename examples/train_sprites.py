@@ -2,13 +2,14 @@
 
 Data: clips drawn by examples/sprites.py, new ones at every step. Method: flow matching with a diffusers
 WanTransformer3DModel on 1x4x4 patches; one caption in ten is dropped for classifier-free guidance.
-The command shows progress, checkpoints every five minutes and resumes from its checkpoint.
+The command shows progress, checkpoints every five minutes and resumes from its checkpoint. Then
+
+    python -m examples.train_sprites --evaluate     sample from the checkpoint, classify, and judge
+    python -m examples.train_sprites --ship         the same, and write the model into ditopt/zoo when it passes
 """
 
 from __future__ import annotations
 
-import argparse
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ditopt.zoo.sprites.captions import SLOTS, VOCABULARY, tokens
+from ditopt.zoo.sprites import assemble
+from ditopt.zoo.sprites.captions import HEADS, SLOTS, VOCABULARY, labels, tokens
+from ditopt.zoo.sprites.classifier import ClipClassifier
 from ditopt.zoo.sprites.pipeline import SCALE, SHIFT
 from ditopt.zoo.words import WordTable
-from examples import sprites
+from examples import judging, sprites
 from examples.training import TrainingAttention, fit, sigmas
 
 WIDTH = 64
@@ -87,14 +90,26 @@ def train(minutes: float, size: int, steps: int, checkpoint: Path) -> None:
     fit(model, loss, steps=steps, minutes=minutes, checkpoint=checkpoint)
 
 
+SUBJECT = judging.Subject(
+    name="sprites",
+    config=CONFIG,
+    seed=SEED,
+    assemble=assemble,
+    batch=sprites.batch,
+    draw=sprites.draw,
+    classifier=ClipClassifier,
+    heads=HEADS,
+    labels=labels,
+    floors=("direction", "colour"),
+)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long; a later run resumes")
-    parser.add_argument("--steps", type=int, default=7_000)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--checkpoint", type=Path, default=Path("sprites.ckpt"))
-    args = parser.parse_args()
-    train(args.minutes, args.batch, args.steps, args.checkpoint)
+    args = judging.arguments(__doc__, "sprites", steps=7_000, batch=8, count=64)
+    if args.evaluate or args.ship:
+        judging.judge_checkpoint(SUBJECT, args)
+    else:
+        train(args.minutes, args.batch, args.steps, args.checkpoint)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ SAVE_EVERY = 300.0
 
 
 class TrainingAttention(TorchFunctionMode):
-    """Attention of few tokens as two matmuls and a softmax: on a CPU the fused kernel's backward takes twice as long."""
+    """Attention of few tokens as two matmuls and a softmax: on a CPU the fused kernel takes longer backward."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         attention: Any = F.scaled_dot_product_attention

@@ -259,7 +259,7 @@ def test_demo_samples_the_shipped_model(capsys, tmp_path):
     out = tmp_path / "r.html"
     code, said, err = run(capsys, "demo", "--quick", "--steps", "4", "--out", str(out))
     assert code == 0, err
-    assert "DiTTransformer2DModel, 3.51 M parameters; 1 x 10 images, 4 steps" in said
+    assert "DiTTransformer2DModel, 3.51 M parameters; 1 x 10 samples, 4 steps" in said
     lines = {line.split()[0]: line for line in said.splitlines() if line[:1].isalpha()}
     assert {"plain", "fewer", "lossless", "forecast"} <= set(lines)
     assert lines["lossless"].count(" inf ") == 2, "lossless on eager is bit-equal"

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import base64
+import io
 import re
 import struct
 import zlib
+from collections.abc import Iterator
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 
@@ -128,7 +131,12 @@ def test_nothing_ran_is_said(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "images", [{"a": torch.rand(2, 4, 4)}, {"a": torch.rand(2, 1, 4, 4), "b": torch.rand(3, 1, 4, 4)}]
+    "images",
+    [
+        {"a": torch.rand(2, 4, 4)},
+        {"a": torch.rand(2, 1, 4, 4), "b": torch.rand(3, 1, 4, 4)},
+        {"a": torch.rand(2, 2, 3, 4, 4)},
+    ],
 )
 def test_images_of_another_shape_are_refused(fast, tmp_path, images):
     with pytest.raises(BadInput, match="expected \\(N, 1 or 3, H, W\\)"):
@@ -143,19 +151,26 @@ def test_a_model_that_was_never_captured_is_refused(tmp_path):
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def decode(data: bytes) -> torch.Tensor:
-    """Pixels of a PNG that pictures.png wrote, (H, W, channels)."""
+def chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Name and content of each chunk of a PNG file."""
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
-    width, height, depth, kind = struct.unpack(">IIBB", data[16:26])
-    assert depth == 8
-    at, body = 8, b""
+    at = 8
     while at < len(data):
         (size,) = struct.unpack(">I", data[at : at + 4])
         name, inside = data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
         (check,) = struct.unpack(">I", data[at + 8 + size : at + 12 + size])
         assert check == zlib.crc32(name + inside)
-        body += inside if name == b"IDAT" else b""
+        yield name, inside
         at += 12 + size
+
+
+def decode(data: bytes) -> torch.Tensor:
+    """Pixels of a still PNG that pictures.png wrote, (H, W, channels)."""
+    width, height, depth, kind = struct.unpack(">IIBB", data[16:26])
+    assert depth == 8
+    parts = list(chunks(data))
+    assert [name for name, _ in parts] == [b"IHDR", b"IDAT", b"IEND"]
+    body = parts[1][1]
     channels = 3 if kind == 2 else 1
     lines = torch.frombuffer(bytearray(zlib.decompress(body)), dtype=torch.uint8).view(height, -1)
     assert (lines[:, 0] == 0).all()
@@ -166,6 +181,38 @@ def decode(data: bytes) -> torch.Tensor:
 def test_png_holds_the_pixels(channels):
     image = torch.rand(channels, 5, 7)
     assert torch.equal(decode(pictures.png(image)), (image * 255).round().to(torch.uint8).permute(1, 2, 0))
+
+
+def test_an_animated_png_holds_every_frame_in_order():
+    image, sequence = (pytest.importorskip(f"PIL.{name}") for name in ("Image", "ImageSequence"))
+    video = torch.rand(3, 4, 5, 7)
+    made = pictures.png(video)
+    numbers = [struct.unpack(">I", d[:4])[0] for name, d in chunks(made) if name in (b"fcTL", b"fdAT")]
+    assert numbers == list(range(7)), "a control chunk for each frame, a data chunk for each but the first"
+    with image.open(io.BytesIO(made)) as opened:
+        assert opened.info["loop"] == 0
+        frames = [torch.from_numpy(np.array(f.convert("RGB"))) for f in sequence.Iterator(opened)]
+        assert opened.info["duration"] == pictures.FRAME_MS
+    assert torch.equal(torch.stack(frames), (video * 255).round().to(torch.uint8).permute(1, 2, 3, 0))
+
+
+def test_a_grid_of_videos_is_the_grid_of_each_frame():
+    videos = torch.rand(5, 3, 4, 6, 7)
+    made = pictures.grid(videos, columns=3)
+    assert torch.equal(made, torch.stack([pictures.grid(videos[:, :, i], columns=3) for i in range(4)], 1))
+    large = pictures.grid(torch.rand(4, 1, 2, 500, 500))
+    assert large.shape == (1, 2, 250, 1003)
+
+
+def test_videos_are_shown_as_animated_pictures(fast, tmp_path):
+    plain = torch.rand(3, 3, 4, 6, 6)
+    images = {"plain": plain, "fora": plain * 0.9, "same": plain.clone()}
+    page = Page(report.write(fast, tmp_path / "r.html", images).read_text())
+    assert len(page.refers) == 4, "three samples and one difference"
+    for shown in page.refers:
+        made = base64.b64decode(shown.partition(",")[2])
+        assert [name for name, _ in chunks(made)].count(b"fcTL") == 4
+    assert "equal to the reference, bit by bit" in " ".join(page.said)
 
 
 def test_grid_places_images_in_order():

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from ditopt import zoo
 from ditopt.errors import BadInput
-from ditopt.zoo.caption_pipeline import images, patches
-from ditopt.zoo.captions import (
+from ditopt.zoo.classifier import share
+from ditopt.zoo.scenes import assemble, prompts
+from ditopt.zoo.scenes.captions import (
     COLOURS,
     GROUNDS,
     HEADS,
@@ -27,11 +27,14 @@ from ditopt.zoo.captions import (
     Scene,
     attributes,
     labels,
+    named,
     parse,
-    right,
     tokens,
 )
+from ditopt.zoo.scenes.pipeline import images, patches
 from examples import scenes, train_scenes
+from examples.showing import sheet
+from examples.training import TrainingAttention
 
 CAPTION = "a large red circle left of a small blue square on green stripes"
 SCENES = scenes.batch(7, 200)[1]
@@ -96,12 +99,20 @@ def test_a_picture_has_one_answer_whichever_shape_is_told_first():
 
 def test_adherence_counts_the_attributes_that_the_caption_names():
     one, two = parse("a small white ring at the top on grey dots"), parse(CAPTION)
-    truth = labels([one, two])
-    assert right(truth, [one, two]).tolist() == [1, 1]
+    truth, counted = labels([one, two]), named([one, two])
+    assert counted.sum(1).tolist() == [6, 9]
+    assert share(truth, truth, counted).tolist() == [1, 1]
     wrong = truth.clone()
     wrong[:, 2] += 1
     wrong[0, 5] += 1  # a second colour that the first caption does not name
-    assert right(wrong, [one, two]).tolist() == pytest.approx([5 / 6, 8 / 9])
+    assert share(wrong, truth, counted).tolist() == pytest.approx([5 / 6, 8 / 9])
+
+
+def test_default_prompts_have_both_forms_and_depend_on_the_seed():
+    asked = prompts(8, 0)
+    assert [parse(p).second is None for p in asked] == [False, True] * 4
+    assert asked == prompts(8, 0)
+    assert not set(asked) & set(prompts(8, 1))
 
 
 def test_tokens_tell_captions_apart():
@@ -187,8 +198,8 @@ def test_batches_repeat_by_seed():
 
 def test_a_sheet_holds_every_picture():
     pictures, drawn = scenes.batch(1, 5)
-    sheet = np.asarray(scenes.sheet(list(pictures), [s.caption() for s in drawn], columns=3, scale=1))
-    got = sheet[4 : 4 + 32, 4 : 4 + 32].transpose(2, 0, 1) / 255
+    made = np.asarray(sheet(list(pictures), [s.caption() for s in drawn], columns=3, scale=1))
+    got = made[4 : 4 + 32, 4 : 4 + 32].transpose(2, 0, 1) / 255
     np.testing.assert_allclose(got, pictures[0], atol=0.5 / 255 + 1e-6)
 
 
@@ -199,7 +210,7 @@ def untrained():
     torch.manual_seed(0)
     model = train_scenes.Model()
     state = {"model": model.transformer.state_dict(), "text_encoder": model.text_encoder.state_dict()}
-    return zoo.assemble(train_scenes.CONFIG, state)
+    return assemble(train_scenes.CONFIG, state)
 
 
 def test_patches_are_undone():
@@ -237,6 +248,6 @@ def test_training_sees_the_timestep_unrounded():
     seen = []
     model.transformer.time_text_embed.time_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     sigma = torch.tensor([0.9873])
-    with torch.autocast("cpu", dtype=torch.bfloat16), train_scenes.FloatAttention():
+    with torch.autocast("cpu", dtype=torch.bfloat16), TrainingAttention():
         model(torch.randn(1, 256, 12), sigma, tokens([None]))
     assert seen[0].item() == pytest.approx(987.3, rel=1e-6)

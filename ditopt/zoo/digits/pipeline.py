@@ -9,6 +9,8 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
+from ditopt.errors import BadInput
+
 
 class LabelToImagePipeline(DiffusionPipeline):
     """Class-conditional flow matching with classifier-free guidance by a doubled batch.
@@ -40,7 +42,7 @@ class LabelToImagePipeline(DiffusionPipeline):
         size, channels, no_class = config.sample_size, config.in_channels, config.num_embeds_ada_norm
         bad = [c for c in class_labels if not 0 <= int(c) < no_class]
         if bad:
-            raise ValueError(f"class labels {bad} given; this model knows 0 to {no_class - 1}")
+            raise BadInput(f"class labels {bad} given; this model knows 0 to {no_class - 1}")
         device, dtype = self.transformer.device, self.transformer.dtype
         labels = torch.tensor(list(class_labels), device=device)
         guided = guidance_scale > 1

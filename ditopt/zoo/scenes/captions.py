@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ditopt.errors import BadInput
+from ditopt.zoo.words import NOTHING, check, indices
 
 SIZES = ("small", "large")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
@@ -23,7 +24,6 @@ PLACES = ("left", "right", "top", "bottom", "centre")
 RELATIONS = ("left", "right", "above", "below")
 GROUNDS = ("red", "green", "blue", "grey")
 TEXTURES = ("stripes", "checks", "dots")
-NOTHING = "nothing"
 
 FORM = (
     "'a SIZE COLOUR SHAPE at the PLACE on COLOUR TEXTURE' or 'a SIZE COLOUR SHAPE left of a SIZE COLOUR SHAPE on ...'"
@@ -96,18 +96,20 @@ def _check(words: Sequence[str], said: str) -> None:
     slots = {len(ONE): ONE, len(TWO): TWO}.get(len(words))
     if slots is None:
         raise BadInput(f"{said} is not a caption of the form {FORM}")
-    for word, (kind, known) in zip(words, slots, strict=True):
-        if word not in known:
-            raise BadInput(f"{word!r} in {said} is no {kind}; there are: {', '.join(known)}")
+    check(words, slots, said)
+
+
+def scene(words: Sequence[str]) -> Scene:
+    """The scene of six words (one shape, see ONE) or nine (two shapes, see TWO)."""
+    second = Item(*words[4:7]) if len(words) == len(TWO) else None
+    return Scene(Item(*words[:3]), words[3], second, *words[-2:])
 
 
 def parse(caption: str) -> Scene:
     """The scene that ``caption`` describes, or one error that names the word and lists what exists."""
     words = [w for w in caption.lower().replace(",", " ").split() if w not in FILLER]
     _check(words, repr(caption))
-    first, place, rest = Item(*words[:3]), words[3], words[4:]
-    second = Item(*rest[:3]) if len(words) == len(TWO) else None
-    return Scene(first, place, second, *words[-2:])
+    return scene(words)
 
 
 # -- attributes, as the classifier sees them ---------------------------------------------------------------------------
@@ -140,14 +142,10 @@ def labels(scenes: Sequence[Scene]) -> Tensor:
     return torch.tensor(rows, dtype=torch.long)
 
 
-def right(predicted: Tensor, scenes: Sequence[Scene]) -> Tensor:
-    """Share of the attributes named in each caption that ``predicted`` (N, heads) has right, (N,)."""
-    asked = labels(scenes)
-    named = torch.ones_like(asked, dtype=torch.bool)
-    for row, scene in enumerate(scenes):
-        if scene.second is None:  # the layout says already that there is one shape only
-            named[row, 4:7] = False
-    return ((predicted == asked) & named).sum(1) / named.sum(1)
+def named(scenes: Sequence[Scene]) -> Tensor:
+    """Which attributes the captions name, (N, heads): of one shape, the layout says already that there is no other."""
+    second = torch.tensor([h.startswith("second") for h in HEADS])
+    return torch.tensor([[s.second is not None] for s in scenes]) | ~second
 
 
 # -- what the denoiser reads -------------------------------------------------------------------------------------------
@@ -155,19 +153,4 @@ def right(predicted: Tensor, scenes: Sequence[Scene]) -> Tensor:
 
 def tokens(scenes: Sequence[Scene | None]) -> Tensor:
     """Word indices (N, SLOTS); None stands for no caption, all nothing."""
-    rows = [s.words() if s is not None else (NOTHING,) * SLOTS for s in scenes]
-    return torch.tensor([[VOCABULARY.index(w) for w in row] for row in rows], dtype=torch.long)
-
-
-class CaptionTable(nn.Module):
-    """The text encoder: a row for each word plus a row for each slot, because the denoiser gives text no positions."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.words = nn.Embedding(len(VOCABULARY), width)
-        self.slots = nn.Embedding(SLOTS, width)
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, SLOTS) -> text tokens (N, SLOTS, width) and the pooled vector (N, SLOTS * width)."""
-        rows = self.words(ids) + self.slots.weight
-        return rows, rows.flatten(1)
+    return indices([s.words() if s is not None else (NOTHING,) * SLOTS for s in scenes], VOCABULARY)

@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ditopt.errors import BadInput
-from ditopt.zoo.captions import SLOTS, Scene, parse, tokens
+from ditopt.zoo.scenes.captions import SLOTS, Scene, parse, tokens
 
 SIDE = 32
 PATCH = 2
@@ -41,6 +41,11 @@ def positions(device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     return ids.to(device), torch.zeros(SLOTS, 3, device=device)
 
 
+def text_arguments(rows: Tensor) -> dict[str, Tensor]:
+    """The denoiser's text arguments from text tokens (N, SLOTS, width): the pooled vector is all of them."""
+    return {"encoder_hidden_states": rows, "pooled_projections": rows.flatten(1)}
+
+
 class CaptionToImagePipeline(DiffusionPipeline):
     """Flow matching conditioned on captions, with classifier-free guidance by two calls of the denoiser a step.
 
@@ -54,9 +59,8 @@ class CaptionToImagePipeline(DiffusionPipeline):
 
     def encode(self, scenes: Sequence[Scene | None]) -> dict[str, Tensor]:
         """The denoiser's text arguments for ``scenes``; None stands for no caption."""
-        rows, pooled = self.text_encoder(tokens(scenes).to(self.transformer.device))
-        dtype = self.transformer.dtype
-        return {"encoder_hidden_states": rows.to(dtype), "pooled_projections": pooled.to(dtype)}
+        rows = self.text_encoder(tokens(scenes).to(self.transformer.device)).to(self.transformer.dtype)
+        return text_arguments(rows)
 
     @torch.no_grad()
     def __call__(
