@@ -21,12 +21,14 @@ __all__ = [
     "OpOverload",
     "compile_graph",
     "fake_mode_of",
+    "flex_attention",
     "invoke_subgraph",
     "is_fake",
     "pytree",
 ]
 
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
+flex_attention = torch.ops.higher_order.flex_attention
 
 
 def is_fake(value: object) -> bool:

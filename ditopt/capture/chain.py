@@ -1,0 +1,185 @@
+"""The chain of ways to capture a model, from the plainest on; each step down says why."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditopt._torch import is_fake
+from ditopt.capture import flex, where
+from ditopt.capture.check import check
+from ditopt.capture.flat import Flat, Packing, shared_copy
+from ditopt.capture.graph import Untraceable, to_program
+from ditopt.capture.guard import Guard, split
+from ditopt.capture.replay import Lost, Recorder, Replayer
+from ditopt.capture.spec import CallSpec
+from ditopt.errors import CaptureError
+from ditopt.ir.program import Program, Role
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured signature: the Program, how calls map to it, how its outputs are packed, and what capture did.
+
+    ``guard``: what must hold of the inputs beyond their signature, where anything must.
+    """
+
+    program: Program
+    spec: CallSpec
+    pack: Callable[[Sequence[Tensor]], Any]
+    structure: str | tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    guard: Guard | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is captured."""
+
+    model: nn.Module
+    spec: CallSpec
+    tensors: Sequence[Tensor]
+    roles: Mapping[str, Role]
+    weights: Collection[str]
+
+    @property
+    def name(self) -> str:
+        return type(self.model).__name__
+
+    def export(self, flat: Flat, more: Callable[[], int] = lambda: 0) -> tuple[Program, int]:
+        """The Program of ``flat``, whose last ``more()`` results are not the model's, and how many flex attentions were
+        lowered. Untraceable where tracing stops."""
+        try:
+            with _quiet(), torch.no_grad():
+                exported = torch.export.export(flat, tuple(self.tensors), strict=False).run_decompositions({})
+        except Exception as error:
+            raise Untraceable(_stopped(self.name, error)) from error
+        if flat.packing.changed:
+            raise CaptureError(
+                f"{self.name} changes its attribute {flat.packing.changed[0]} during forward; a graph would keep one "
+                "value for ever. Make it an input of forward."
+            )
+        lowered = flex.expand(exported.graph_module)
+        program = to_program(self.model, exported, self.spec, self.tensors, self.roles, self.weights, more())
+        return program, lowered
+
+
+def capture(
+    model: nn.Module,
+    spec: CallSpec,
+    tensors: Sequence[Tensor],
+    roles: Mapping[str, Role] | None = None,
+    weights: Collection[str] = (),
+    verify: bool = True,
+) -> Captured:
+    """Capture ``model`` for the signature of ``spec``.
+
+    ``tensors`` are example values in the order of ``spec.names``; those named in ``weights`` become parameters of the
+    Program instead of inputs (a graph from Dynamo takes its weights as arguments). A copy is traced that shares the
+    weights; the model itself is not touched.
+
+    Two ways are tried: torch.export, then the same with the values that Python looks at replayed as constants, under a
+    guard (``replay``). Raises CaptureError when the model cannot be traced (with the model's own line) or when the
+    graph does not compute what the model computes on a derived input.
+    """
+    job = _Job(model, spec, tensors, roles or {}, weights)
+    fake = any(is_fake(t) for t in [*tensors, *model.parameters(), *model.buffers()])
+    captured = _plain(job) if fake else _either(job)
+    if verify and not fake:
+        check(model, spec, captured.program, captured.guard, tensors)
+    return captured
+
+
+def _either(job: _Job) -> Captured:
+    try:
+        return _plain(job)
+    except Untraceable as error:
+        stopped = error
+    recorder = Recorder()
+    try:
+        with torch.no_grad():
+            Flat(shared_copy(job.model), job.spec, lambda: recorder)(*job.tensors)
+    except Exception as error:
+        raise CaptureError(_fails(job.name, error)) from error
+    if not recorder.reads:
+        raise stopped
+    return _replayed(job, recorder, stopped)
+
+
+def _plain(job: _Job) -> Captured:
+    """By torch.export alone."""
+    flat = Flat(shared_copy(job.model), job.spec)
+    program, lowered = job.export(flat)
+    return _captured(job, program, flat.packing, ["captured by torch.export"], lowered)
+
+
+def _replayed(job: _Job, recorder: Recorder, stopped: Untraceable) -> Captured:
+    """By torch.export with the values that Python looks at as constants. ``stopped``: why not without."""
+    replayer = Replayer(recorder.reads)
+    flat = Flat(shared_copy(job.model), job.spec, lambda: replayer, lambda: replayer.observed)
+    try:
+        program, lowered = job.export(flat, lambda: len(replayer.seen))
+    except Untraceable as error:
+        raise (stopped if isinstance(error.__cause__, Lost) else error) from error
+    program, guard = split(job.name, program, replayer.seen)
+    notes = [
+        f"torch.export alone: {stopped}",
+        f"captured by torch.export with {len(replayer.seen)} values that Python reads as constants",
+    ]
+    if guard is None:
+        notes.append("the values are the same in every call, so nothing is guarded")
+    else:
+        lines = ", ".join(dict.fromkeys(r.line.removeprefix(" at ") for r in guard.reads))
+        notes.append(
+            f"guarded: {len(guard.reads)} values that depend on {', '.join(guard.inputs) or 'weights'}, read at {lines}"
+            "; where they differ the model is captured again"
+        )
+    return _captured(job, program, flat.packing, notes, lowered, guard)
+
+
+def _captured(
+    job: _Job, program: Program, packing: Packing, notes: list[str], lowered: int, guard: Guard | None = None
+) -> Captured:
+    if lowered:
+        notes.append(f"{lowered} flex_attention calls written out as the attention that PyTorch runs uncompiled")
+    return Captured(program, job.spec, packing.pack, packing.structure, tuple(notes), guard)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what torch.export says about its internals: warnings, and where tracing stops the graph so far, printed."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [type(error).__name__])[0][:300]}"
+
+
+def _fails(name: str, error: Exception) -> str:
+    return (
+        f"{name} itself fails for these inputs{where.of_error(error)}: {_first_line(error)}. Call it as the plain "
+        "model can be called."
+    )
+
+
+def _stopped(name: str, error: Exception) -> str:
+    return (
+        f"{name} cannot be traced{where.of_error(error)}: {_first_line(error)}. Python that looks at tensor values "
+        "cannot become part of a graph; compute it outside forward and pass it in, or use torch.where."
+    )

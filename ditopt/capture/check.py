@@ -1,0 +1,90 @@
+"""A graph is compared with its model on a second input, which differs from the first in everything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ditopt.capture.flat import Flat, shared_copy
+from ditopt.capture.guard import Guard
+from ditopt.capture.spec import CallSpec
+from ditopt.errors import CaptureError
+from ditopt.ir.program import Input, Program, formal
+
+
+def derive(inputs: Sequence[Input], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A second input of the same signature: floats perturbed, integers resampled, masks changed by one in each row,
+    what depends on the shape only (positions, rotary tables) in reverse order."""
+    generator = torch.Generator().manual_seed(0)
+    out = []
+    for item, tensor in zip(inputs, tensors, strict=True):
+        cpu = tensor.detach().to("cpu")
+        if cpu.numel() == 0:
+            new = cpu.clone()
+        elif item.role == "shape":
+            new = cpu.flip(max(range(cpu.ndim), key=lambda d: cpu.shape[d])) if cpu.ndim else cpu.clone()
+        elif item.role == "timestep":
+            new = cpu * 0.75 if cpu.is_floating_point() else (cpu * 3) // 4
+        elif cpu.dtype is torch.bool or (cpu.ndim >= 2 and bool(((cpu == 0) | (cpu == 1)).all())):
+            new = _masked(cpu)
+        elif cpu.is_floating_point():
+            scale = (cpu.float().std(correction=0) or cpu.float().abs().mean() or torch.ones(())).item()
+            new = (cpu.float() + 0.5 * scale * torch.randn(cpu.shape, generator=generator)).to(cpu.dtype)
+        else:
+            order = torch.randint(cpu.numel(), cpu.shape, generator=generator)
+            new = cpu.flatten()[order]
+        out.append(new.to(tensor.device))
+    return out
+
+
+def _masked(mask: Tensor) -> Tensor:
+    """Each row of a mask one shorter, or one longer where it has one entry at most (an empty row is no softmax)."""
+    rows = mask.reshape(-1, mask.shape[-1]).clone() if mask.ndim else mask.reshape(1, 1).clone()
+    for row in rows:
+        found = row.nonzero().flatten()
+        if len(found) > 1:
+            row[found[-1]] = 0
+        elif len(row) > len(found):
+            row[(row == 0).nonzero()[-1]] = 1
+    return rows.reshape(mask.shape)
+
+
+def differing(program: Program, guard: Guard | None, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Derived inputs by name for which ``guard`` holds: what it reads stays as it is where it must."""
+    names = [i.name for i in program.inputs]
+    new = dict(zip(names, derive(program.inputs, [given[n] for n in names]), strict=True))
+    if guard is None or not guard.broken(new):
+        return new
+    rolled = new | {n: given[n].roll(1, -1) for n in guard.inputs if given[n].ndim}
+    return rolled if not guard.broken(rolled) else new | {n: given[n] for n in guard.inputs}
+
+
+def check(model: nn.Module, spec: CallSpec, program: Program, guard: Guard | None, tensors: Sequence[Tensor]) -> None:
+    """Raise CaptureError where the graph and the model differ on a derived input."""
+    by_name = dict(zip(spec.names, tensors, strict=True))
+    by_name |= differing(program, guard, by_name)
+    name = type(model).__name__
+    with torch.no_grad():
+        want = Flat(shared_copy(model), spec)(*(by_name[n] for n in spec.names))
+        args = []
+        for p in program.step.placeholders:
+            what = formal(p)
+            args.append(by_name[what.ref] if what.kind == "input" else program.params[what.ref])
+        got = program.module()(*args)
+    for output, a, b in zip(program.outputs, want, got, strict=True):
+        if a.shape != b.shape:
+            raise CaptureError(
+                f"on a second input the graph of {name} gives {output} the shape {list(b.shape)}, "
+                f"the model {list(a.shape)}"
+            )
+        if not torch.isfinite(a.float()).all():
+            continue  # the derived input left the model's domain: it says nothing about the graph
+        error = (a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-12)
+        limit = 1e-5 if a.dtype in (torch.float32, torch.float64) else 2e-2
+        if not error <= limit:
+            raise CaptureError(
+                f"the graph of {name} differs from the model by {float(error):.1e} (relative) on a second input; the "
+                "model's Python depends on tensor values, or it is not deterministic"
+            )

@@ -1,0 +1,96 @@
+"""What must hold of a call's inputs for a graph to be valid, where values that Python read are constants in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from ditopt.capture.graph import Untraceable
+from ditopt.capture.replay import Read
+from ditopt.ir.binding import Binding, bind
+from ditopt.ir.edit import Editor, prune
+from ditopt.ir.program import Formal, Function, Program, formal
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A graph that computes the values again, and what they were.
+
+    ``formals`` say what its arguments are: inputs of the model, or weights (``params``, by handle).
+    """
+
+    graph: fx.GraphModule
+    formals: tuple[Formal, ...]
+    params: Mapping[str, Tensor]
+    reads: tuple[Read, ...]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs of the model that the values depend on."""
+        return tuple(f.ref for f in self.formals if f.kind == "input")
+
+    def broken(self, given: Mapping[str, Tensor]) -> str:
+        """Where in the model the first value is read that these inputs change, or "". ``given``: inputs by name."""
+        args = [given[f.ref] if f.kind == "input" else self.params[f.ref] for f in self.formals]
+        with torch.no_grad():
+            now = self.graph(*args)
+        changed = (r for r, v in zip(self.reads, now, strict=True) if not torch.equal(v.to(r.value.device), r.value))
+        return next((r.line for r in changed), "")
+
+
+def split(name: str, program: Program, reads: Sequence[Read]) -> tuple[Program, Guard | None]:
+    """``program`` without its last results, which are the tensors of ``reads``, and the Guard over those.
+
+    No Guard where all of them are the same in every call. Untraceable, with the line of the model (a ``name``), where a
+    value depends on what changes from step to step.
+    """
+    function = program.step
+    n = len(function.results) - len(reads)
+    binding = bind(program)
+    kept = []
+    for read, node in zip(reads, function.results[n:], strict=True):
+        for flag, role in ((Binding.LATENT, "latent"), (Binding.TIMESTEP, "timestep")):
+            if binding[node] & flag:
+                raise Untraceable(
+                    f"{name} cannot be traced{read.line}: Python looks at the value of a tensor there that depends on "
+                    f"the {role}, so each step would need a graph of its own. Compute it outside forward and pass it "
+                    "in, or use torch.where; where the role of an input is wrong, pass roles={'<name>': 'prompt'}."
+                )
+        if any(_varies(p) for p in _sources(node)):
+            kept.append((read, node))
+    rest = program.replace(
+        functions={**program.functions, program.entry: _only(function, function.results[:n])},
+        outputs=program.outputs[:n],
+    )
+    if not kept:
+        return prune(rest), None
+    checks = _only(function, [node for _, node in kept])
+    formals = tuple(formal(p) for p in checks.placeholders)
+    params = {f.ref: program.params[f.ref] for f in formals if f.kind == "param"}
+    graph = fx.GraphModule(torch.nn.Module(), checks.graph, "guard")
+    return prune(rest), Guard(graph, formals, params, tuple(read for read, _ in kept))
+
+
+def _only(function: Function, results: Sequence[fx.Node]) -> Function:
+    with Editor(function, "capture") as e:
+        e.set_results([e[r] for r in results])
+        e.drop_dead()
+    return e.function()
+
+
+def _sources(node: fx.Node) -> set[fx.Node]:
+    """The placeholders that a node is computed from."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        new = set(waiting.pop().all_input_nodes) - seen
+        seen |= new
+        waiting.extend(new)
+    return {n for n in seen if n.op == "placeholder"}
+
+
+def _varies(placeholder: fx.Node) -> bool:
+    what = formal(placeholder)
+    return what.kind == "input" or not what.ref.startswith("const.")

@@ -1,0 +1,80 @@
+"""What each input is to the loop: by its name, by its shape, as told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ditopt import roles as role_rules
+from ditopt.errors import BadInput
+from tests.capture.use import take
+from tests.tiny_models import ZOO, captured
+
+NAMES = list(ZOO)
+
+
+@pytest.mark.parametrize(
+    ("role", "names"),
+    [
+        ("latent", "hidden_states x img latents sample noisy_latents control controlnet_block_samples.0 L_kwargs_x_"),
+        ("timestep", "timestep t timesteps sigma r_timestep noise_labels L_kwargs_timestep_"),
+        (
+            "prompt",
+            "encoder_hidden_states encoder_hidden_states_image y c context txt prompt_embeds class_labels pooled "
+            "pooled_projections guidance encoder_attention_mask cap_feats.1 added_cond_kwargs.text_embeds "
+            "attention_mask L_kwargs_encoder_hidden_states_",
+        ),
+        ("shape", "img_ids txt_ids position_ids image_rotary_emb.0 resolution fps freqs_cis"),
+    ],
+)
+def test_roles_by_name(role, names):
+    for name in names.split():
+        assert role_rules._by_name(name, torch.zeros(2, 3)) == role, name
+
+
+def test_roles_by_shape():
+    """Names that say nothing: the output's shape is the latent's, one number a row is the time, labels are prompts."""
+    given = [("q", torch.zeros(2, 7)), ("u", torch.zeros(2, 4)), ("v", torch.zeros(2)), ("w", torch.zeros(2).long())]
+    assert role_rules.infer(given, [torch.zeros(2, 4)]) == ["latent", "latent", "timestep", "prompt"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_roles_of_the_tiny_models(name):
+    roles = {i.name: i.role for i in captured(name)[1].program.inputs}
+    assert list(roles.values()).count("latent") == 1
+    assert list(roles.values()).count("timestep") == 1
+    shape = {n for n, r in roles.items() if r == "shape"}
+    assert shape == ({"img_ids", "txt_ids"} if name == "flux" else set())
+
+
+class Anonymous(nn.Module):
+    """``Plain`` behind names that say nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, a: Tensor, b: Tensor, foo: Tensor) -> Tensor:
+        return self.inner(a, b, foo)
+
+
+def test_roles_can_be_given():
+    inputs = dict(zip("ab", list(ZOO["plain"].inputs().values())[:2], strict=True)) | {"foo": torch.tensor([3, 7])}
+    model = Anonymous(captured("plain")[0])
+    assert [i.role for i in take(model, **inputs).program.inputs] == ["latent", "timestep", "prompt"]
+    given = {"b": "shape", "foo": "timestep"}
+    assert [i.role for i in take(model, roles=given, **inputs).program.inputs] == ["latent", "shape", "timestep"]
+
+
+@pytest.mark.parametrize(
+    ("roles", "words"),
+    [
+        ({"tt": "timestep"}, ["names the input 'tt'", "x, t, y", "did you mean 't'"]),
+        ({"t": "time"}, ["'time'", "latent, timestep, prompt, shape"]),
+    ],
+)
+def test_unknown_roles_and_names(roles, words):
+    with pytest.raises(BadInput) as error:
+        take(captured("plain")[0], roles=roles, **ZOO["plain"].inputs())
+    assert all(w in str(error.value) for w in words)
