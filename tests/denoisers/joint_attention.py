@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.denoisers.base import BATCH, COLUMNS, ROWS, TEXT, Call, Draw, denoiser, make, prompt_mask, positions
+from tests.denoisers.base import BATCH, COLUMNS, ROWS, TEXT, Call, Draw, denoiser, make, positions, prompt_mask
 
 HEIGHT, WIDTH = 2 * ROWS, 2 * COLUMNS
 """Latent pixels for patches of two by two."""

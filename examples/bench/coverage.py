@@ -1,0 +1,159 @@
+"""The coverage table: what ditopt does with every denoiser of ``tests.denoisers``.
+
+    python -m examples.bench.coverage                   # all of them, written to examples/bench/coverage.csv
+    python -m examples.bench.coverage --only flux wan   # these; their rows replace those in the file
+    python -m examples.bench.coverage --part 2/4        # every fourth, beginning with the second
+    python -m examples.bench.coverage --readme          # the table for README.md, from the file
+
+Each denoiser runs in a process of its own, which gives its memory back and may take too long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from textwrap import shorten
+
+from tqdm import tqdm
+
+from examples.bench.probe import COLUMNS, PENDING, Row, probe
+from tests.denoisers import REGISTRY
+
+CSV = Path(__file__).with_suffix(".csv")
+
+BEGIN, END = "<!-- coverage: python -m examples.bench.coverage --readme -->", "<!-- end of coverage -->"
+
+
+def measure(name: str, limit: float) -> Row:
+    """The row of a denoiser, from a fresh process that may take ``limit`` seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "row.json")
+        command = [sys.executable, "-m", "examples.bench.coverage", "--worker", name, str(file)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            reason = f"no: the process ended with {done.returncode}: {last}"
+        except subprocess.TimeoutExpired:
+            reason = f"no: not done after {limit:.0f} s"
+        row = Row(**json.loads(file.read_text())) if file.exists() else Row(name)
+    return replace(row, **{c: reason for c in COLUMNS if getattr(row, c) == PENDING})
+
+
+def work(name: str, file: Path) -> None:
+    """Write the row of a denoiser to ``file``, after each question anew."""
+    import torch
+
+    torch.set_num_threads(1)
+
+    def write(row: Row) -> None:
+        partial = file.with_suffix(".part")
+        partial.write_text(json.dumps(asdict(row)))
+        partial.replace(file)
+
+    probe(name, write)
+
+
+def read(file: Path = CSV) -> dict[str, Row]:
+    """The rows of a table by name; none where there is no file."""
+    if not file.exists():
+        return {}
+    with file.open(newline="") as stream:
+        rows = [Row(**{k: _KINDS[k](v) for k, v in line.items()}) for line in csv.DictReader(stream)]
+    return {row.name: row for row in rows}
+
+
+_KINDS = {f.name: {"str": str, "int": int, "float": float}[str(f.type)] for f in fields(Row)}
+
+
+def write(rows: Iterable[Row], file: Path = CSV) -> None:
+    """A table in the order of the registry."""
+    order = list(REGISTRY)
+    with file.open("w", newline="") as stream:
+        table = csv.DictWriter(stream, [f.name for f in fields(Row)], lineterminator="\n")
+        table.writeheader()
+        table.writerows(asdict(row) for row in sorted(rows, key=lambda row: order.index(row.name)))
+
+
+# -- README ------------------------------------------------------------------------------------------------------------
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The counts of each column, a line for each denoiser, and why what fails fails."""
+    counts = ", ".join(f"{column} {sum(r.passed(column) for r in rows)}" for column in COLUMNS)
+    ratios = [r.seconds / r.bare for r in rows if r.seconds and r.bare]
+    lines = [
+        f"Of {len(rows)} denoisers: {counts}; all five: {sum(r.green for r in rows)}. Capture, analysis and all",
+        f"exact passes take {statistics.median(ratios):.1f} times (median) what export and decomposition alone take.",
+        "",
+        "| denoiser | captured | blocks | bodies | weights that leave the loop | exact | cached | ONNX |",
+        "|---|---|---|---|---|---|---|---|",
+        *map(_line, rows),
+    ]
+    failing = [f"* {r.name}: {shorten('; '.join(r.reasons()), 240, placeholder=' ...')}" for r in rows if not r.green]
+    if failing:
+        lines += ["", "What fails, and why:", "", *failing]
+    return "\n".join(lines)
+
+
+def _line(row: Row) -> str:
+    marks = {c: "✓" if row.passed(c) else "✗" for c in COLUMNS}
+    captured = row.captured if row.passed("captured") else "✗"
+    blocks = f"{row.blocks}" if row.passed("blocks") else f"✗ {row.blocks} of {row.expected}"
+    cells = [row.name, captured, blocks, str(row.classes), f"{row.hoisted:.0%}"]
+    return "| " + " | ".join([*cells, marks["exact"], marks["cached"], marks["onnx"]]) + " |"
+
+
+# -- command -----------------------------------------------------------------------------------------------------------
+
+
+def chosen(only: Sequence[str] | None, part: str | None) -> list[str]:
+    """The denoisers that the options name. ValueError for an unknown one and for a part that is not K/N."""
+    unknown = [name for name in only or () if name not in REGISTRY]
+    if unknown:
+        raise ValueError(f"no denoiser is called {', '.join(unknown)}; there are {', '.join(REGISTRY)}")
+    names = list(only or REGISTRY)
+    if part is None:
+        return names
+    k, _, n = part.partition("/")
+    if not (k.isdigit() and n.isdigit() and 1 <= int(k) <= int(n)):
+        raise ValueError(f"--part {part} given; expected K/N, such as 1/4")
+    return names[int(k) - 1 :: int(n)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.bench.coverage", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these denoisers")
+    parser.add_argument("--part", metavar="K/N", help="every Nth denoiser, beginning with the Kth")
+    parser.add_argument(
+        "--out", type=Path, default=CSV, metavar="FILE", help="the table to write (default: %(default)s)"
+    )
+    parser.add_argument("--limit", type=float, default=300.0, metavar="SECONDS", help="time of one denoiser")
+    parser.add_argument("--readme", action="store_true", help="print the table for README.md and measure nothing")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        return work(options.worker[0], Path(options.worker[1]))
+    if options.readme:
+        return print(f"{BEGIN}\n{markdown(list(read(options.out).values()))}\n{END}")
+    try:
+        names = chosen(options.only, options.part)
+    except ValueError as error:
+        parser.error(str(error))
+    for name in (bar := tqdm(names, unit="model")):
+        row = measure(name, options.limit)
+        write([*(read(options.out) | {name: row}).values()], options.out)
+        bar.write(f"{name}: {'; '.join(row.reasons()) or 'all five'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
