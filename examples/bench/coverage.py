@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 from tqdm import tqdm
 
@@ -44,7 +45,8 @@ def measure(name: str, limit: float) -> Row:
         except subprocess.TimeoutExpired:
             reason = f"no: not done after {limit:.0f} s"
         row = Row(**json.loads(file.read_text())) if file.exists() else Row(name)
-    return replace(row, **{c: reason for c in COLUMNS if getattr(row, c) == PENDING})
+    lost: dict[str, Any] = {c: reason for c in COLUMNS if getattr(row, c) == PENDING}
+    return replace(row, **lost)
 
 
 def work(name: str, file: Path) -> None:

@@ -185,6 +185,10 @@ def _warm_up() -> None:
     torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),), strict=False).run_decompositions({})
 
 
+_BY = "captured by torch."
+"""How a capture's note on its road begins."""
+
+
 def _structure(optimized: OptimizedModule) -> dict[str, Any]:
     captured = optimized.compiled.captured
     outlined = next((r.program for r in optimized.history if r.program.blocks()), captured.program)
@@ -192,7 +196,7 @@ def _structure(optimized: OptimizedModule) -> dict[str, Any]:
     weights = {kind: bytes_ for kind, (bytes_, _) in binding_shares(captured.program).items()}
     free = sum(bytes_ for kind, bytes_ in weights.items() if kind not in ("latent", NEVER))
     return {
-        "captured": ", ".join(["export", *captured.notes]),
+        "captured": next((n.removeprefix(_BY) for n in captured.notes if n.startswith(_BY)), "export"),
         "nodes": sum(n.op == "call_function" for n in captured.program.step.graph.nodes),
         "blocks": len(main),
         "classes": len({r.function for r in main}),

@@ -317,7 +317,7 @@ def _resize(image: Tensor, size: list[int], interpolation: object) -> Tensor:
 
 def _without_torchvision() -> None:
     """Cosmos resizes a mask by torchvision, to its nearest pixels; without that package, give it the same of torch."""
-    module = importlib.import_module("diffusers.models.transformers.transformer_cosmos")
+    module: Any = importlib.import_module("diffusers.models.transformers.transformer_cosmos")
     if not hasattr(module, "transforms"):
         functional = SimpleNamespace(resize=_resize)
         module.transforms = SimpleNamespace(functional=functional, InterpolationMode=SimpleNamespace(NEAREST="nearest"))
