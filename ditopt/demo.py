@@ -203,7 +203,7 @@ LEGEND = (
     "speed: time of the plain eager model / own time, median over rounds, in turns; prepare: seconds of capture, "
     "passes and compilation, once.",
     "PSNR: to the plain samples of the same seed, median and 5th percentile over samples; inf means bit-equal. "
-    "accuracy: share of what the prompts say that a classifier trained on real data sees in the samples.",
+    "accuracy: share of what the prompts say that a classifier, trained on the model's own data, sees in the samples.",
     "A recipe that gives less than plain sampling with fewer steps for the same FLOPs is marked as losing.",
 )
 

@@ -249,7 +249,9 @@ def test_wheel_holds_the_tree(tree: Path, tmp_path: Path) -> None:
     assert recipes
     data = {"ditopt/py.typed", *(f"ditopt/recipes/{name}" for name in recipes)}
     for model in models:
-        data |= {f"ditopt/zoo/{model}/{f}" for f in ("config.json", "model.safetensors", "classifier.safetensors")}
+        weights = {p.name for p in (tree / "ditopt/zoo" / model).glob("*.safetensors")}
+        assert weights >= {"model.safetensors", "classifier.safetensors"}
+        data |= {f"ditopt/zoo/{model}/{f}" for f in ("config.json", *weights)}
     assert {n for n in names if not n.endswith(".py")} == data
 
 
