@@ -92,7 +92,7 @@ def explain(
     captured = capture(original, *bind(original, args, kwargs), roles)
     name = resolve(target, next((p.device for p in original.parameters()), torch.device("cpu")))
     history = PassManager(recipe, Context(name, steps)).run(captured.program)
-    return explanation(captured.program, history, name)
+    return explanation(captured.program, history, name, captured.notes)
 
 
 def export_onnx(

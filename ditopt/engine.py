@@ -33,6 +33,7 @@ from ditopt.runtime.memo import fingerprint
 from ditopt.runtime.policy import table
 from ditopt.runtime.session import Session
 from ditopt.target import resolve
+from ditopt.valid import Valid, notice
 
 SIGNATURES = 4
 """Captured signatures that an Engine keeps; the least recently used gives way."""
@@ -45,6 +46,7 @@ class Compiled:
     captured: Captured
     history: tuple[PassResult, ...]
     plan: Plan
+    valid: Valid
 
     @property
     def program(self) -> Program:
@@ -75,7 +77,8 @@ class Engine:
         self.weights = frozenset(weights)
         self.session = Session()
         self.target = resolve(target, _place(model)[1])
-        self.compiled: OrderedDict[Any, Compiled] = OrderedDict()
+        self.compiled: OrderedDict[int, Compiled] = OrderedDict()  # the least recently used first
+        self._count = 0
         self._given: dict[str, Tensor] = {}
         self._place = _place(model)
         self._captured: _Snapshot | None = None
@@ -92,25 +95,33 @@ class Engine:
         try:
             results = self.session.call(compiled.plan, tensors)
         except StaleWeights:  # the session is as before the call: compile the weights of now and repeat it
-            self._drop(spec.key)
+            self._drop(next(reversed(self.compiled)))
             compiled = self.prepare(spec, every)
             results = self.session.call(compiled.plan, tensors)
         return compiled.captured.pack(results)
 
     def prepare(self, spec: CallSpec, tensors: Sequence[Tensor]) -> Compiled:
-        """The compiled signature of a call; captured and rewritten the first time."""
-        found = self.compiled.get(spec.key)
-        if found is None:
-            found = self._compile(capture(self.model, spec, tensors, self.roles, self.weights))
-            self._captured = self._captured or _Snapshot(self.model)
-            if len(self.compiled) >= SIGNATURES:
-                self._drop(next(iter(self.compiled)))
-            self.compiled[spec.key] = found
-        self.compiled.move_to_end(spec.key)
+        """The compiled signature of a call; captured and rewritten the first time, and where Python of the model would
+        now read other values than those that the graph holds."""
+        given = dict(zip(spec.names, tensors, strict=True))
+        alike = [n for n, c in reversed(self.compiled.items()) if c.captured.spec.key == spec.key]
+        broken = ""
+        for number in alike:
+            broken = self.compiled[number].valid.broken(given)
+            if not broken:
+                self.compiled.move_to_end(number)
+                return self.compiled[number]
+        notice(spec, [c.captured.spec for c in self.compiled.values()], broken)
+        found = self._compile(capture(self.model, spec, tensors, self.roles, self.weights))
+        self._captured = self._captured or _Snapshot(self.model)
+        if len(self.compiled) >= SIGNATURES:
+            self._drop(next(iter(self.compiled)))
+        self._count += 1
+        self.compiled[self._count] = found
         return found
 
-    def _drop(self, key: Any) -> None:
-        self.session.forget(self.compiled.pop(key).plan)
+    def _drop(self, number: int) -> None:
+        self.session.forget(self.compiled.pop(number).plan)
 
     @property
     def last(self) -> Compiled | None:
@@ -131,14 +142,14 @@ class Engine:
         if self.target == "onnxruntime":
             return self._exported(captured, history, program, more)
         manifest, run = build(program, self.target, **more)
-        return Compiled(captured, history, self._plan(manifest, run, program))
+        return Compiled(captured, history, self._plan(manifest, run, program), self._valid(captured))
 
     def _exported(
         self, captured: Captured, history: tuple[PassResult, ...], program: Program, more: dict[str, Any]
     ) -> Compiled:
         """A signature for onnxruntime. Its files hold copies of the weights, which go stale when a weight changes; they
         live as long as the signature does."""
-        weights = self._weights_of(program)
+        weights = self._weights_of(program.params)
         before = fingerprint(weights())
         folder = Path(tempfile.mkdtemp(prefix="ditopt-"))
         try:
@@ -148,20 +159,23 @@ class Engine:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         plan = replace(loaded, params=weights, stale=lambda: fingerprint(weights()) != before)
-        made = Compiled(captured, history, plan)
+        made = Compiled(captured, history, plan, self._valid(captured))
         weakref.finalize(made, shutil.rmtree, folder, ignore_errors=True)
         return made
 
     def _plan(self, manifest: Manifest, run: Mapping[str, Executable], program: Program) -> Plan:
-        return Plan(manifest, run, self._weights_of(program))
+        return Plan(manifest, run, self._weights_of(program.params))
 
-    def _weights_of(self, program: Program) -> Callable[[], Mapping[str, Tensor]]:
+    def _valid(self, captured: Captured) -> Valid:
+        return Valid(captured.guard, self._weights_of(captured.guard.params if captured.guard else {}))
+
+    def _weights_of(self, params: Mapping[str, Tensor]) -> Callable[[], Mapping[str, Tensor]]:
         """The weights by name as they are now: looked up in the live model, so that an exchanged parameter is seen."""
         if self.weights:
-            return lambda: {**program.params, **self._given}
+            return lambda: {**params, **self._given}
         fixed: dict[str, Tensor] = {}
         live: list[tuple[str, dict[str, Any], str]] = []
-        for name, tensor in program.params.items():
+        for name, tensor in params.items():
             path, _, leaf = name.rpartition(".")
             try:
                 owner = self.model.get_submodule(path)

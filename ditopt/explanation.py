@@ -18,12 +18,14 @@ NEVER = "constant"
 """The name of what depends on no input."""
 
 
-def explanation(program: Program, history: Sequence[PassResult], target: str) -> str:
-    """Inputs, structure, binding times and costs of ``program`` (as captured, before any pass), what each pass of
-    ``history`` applied and refused, and which graphs ``target`` runs for the last of them."""
+def explanation(program: Program, history: Sequence[PassResult], target: str, capture: Sequence[str]) -> str:
+    """How the model was captured (the notes of ``capture``); inputs, structure, binding times and costs of ``program``
+    (as captured, before any pass); what each pass of ``history`` applied and refused; which graphs ``target`` runs for
+    the last of them."""
     final = history[-1].program if history else program
     outlined = next((r.program for r in history if r.program.blocks()), program)
     parts = [
+        ("Capture", capture),
         ("Inputs", _inputs(program)),
         ("Structure", _structure(outlined)),
         ("Binding times (what a value depends on)", _binding(program)),

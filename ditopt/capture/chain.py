@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +11,7 @@ from torch import Tensor, nn
 
 from ditopt._torch import is_fake
 from ditopt.capture import flex, where
+from ditopt.capture.aside import forgetful, quiet
 from ditopt.capture.check import check
 from ditopt.capture.flat import Flat, Packing, shared_copy
 from ditopt.capture.graph import Untraceable, to_program
@@ -58,8 +55,8 @@ class _Job:
         """The Program of ``flat``, whose last ``more()`` results are not the model's, and how many flex attentions were
         lowered. Untraceable where tracing stops."""
         try:
-            with _quiet(), torch.no_grad():
-                exported = torch.export.export(flat, tuple(self.tensors), strict=False).run_decompositions({})
+            with quiet(), forgetful(), torch.no_grad():
+                exported = torch.export.export(flat, _distinct(self.tensors), strict=False).run_decompositions({})
         except Exception as error:
             raise Untraceable(_stopped(self.name, error)) from error
         if flat.packing.changed:
@@ -105,7 +102,7 @@ def _either(job: _Job) -> Captured:
         stopped = error
     recorder = Recorder()
     try:
-        with torch.no_grad():
+        with quiet(), torch.no_grad():
             Flat(shared_copy(job.model), job.spec, lambda: recorder)(*job.tensors)
     except Exception as error:
         raise CaptureError(_fails(job.name, error)) from error
@@ -153,18 +150,10 @@ def _captured(
     return Captured(program, job.spec, packing.pack, packing.structure, tuple(notes), guard)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide what torch.export says about its internals: warnings, and where tracing stops the graph so far, printed."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+def _distinct(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``tensors`` with a copy for each that is there already: torch.export would take two arguments for one for ever."""
+    first = {id(t): i for i, t in reversed(list(enumerate(tensors)))}
+    return tuple(t if first[id(t)] == i else t.clone() for i, t in enumerate(tensors))
 
 
 def _first_line(error: Exception) -> str:

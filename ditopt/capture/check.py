@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ditopt.capture.aside import quiet
 from ditopt.capture.flat import Flat, shared_copy
 from ditopt.capture.guard import Guard
 from ditopt.capture.spec import CallSpec
@@ -55,10 +56,10 @@ def differing(program: Program, guard: Guard | None, given: Mapping[str, Tensor]
     """Derived inputs by name for which ``guard`` holds: what it reads stays as it is where it must."""
     names = [i.name for i in program.inputs]
     new = dict(zip(names, derive(program.inputs, [given[n] for n in names]), strict=True))
-    if guard is None or not guard.broken(new):
+    if guard is None or not guard.broken(guard.arguments(new)):
         return new
     rolled = new | {n: given[n].roll(1, -1) for n in guard.inputs if given[n].ndim}
-    return rolled if not guard.broken(rolled) else new | {n: given[n] for n in guard.inputs}
+    return rolled if not guard.broken(guard.arguments(rolled)) else new | {n: given[n] for n in guard.inputs}
 
 
 def check(model: nn.Module, spec: CallSpec, program: Program, guard: Guard | None, tensors: Sequence[Tensor]) -> None:
@@ -66,7 +67,7 @@ def check(model: nn.Module, spec: CallSpec, program: Program, guard: Guard | Non
     by_name = dict(zip(spec.names, tensors, strict=True))
     by_name |= differing(program, guard, by_name)
     name = type(model).__name__
-    with torch.no_grad():
+    with quiet(), torch.no_grad():
         want = Flat(shared_copy(model), spec)(*(by_name[n] for n in spec.names))
         args = []
         for p in program.step.placeholders:

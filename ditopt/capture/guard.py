@@ -19,7 +19,7 @@ from ditopt.ir.program import Formal, Function, Program, formal
 class Guard:
     """A graph that computes the values again, and what they were.
 
-    ``formals`` say what its arguments are: inputs of the model, or weights (``params``, by handle).
+    ``formals`` say what its arguments are: inputs of the model, or weights (of ``params``).
     """
 
     graph: fx.GraphModule
@@ -32,9 +32,13 @@ class Guard:
         """Names of the inputs of the model that the values depend on."""
         return tuple(f.ref for f in self.formals if f.kind == "input")
 
-    def broken(self, given: Mapping[str, Tensor]) -> str:
-        """Where in the model the first value is read that these inputs change, or "". ``given``: inputs by name."""
-        args = [given[f.ref] if f.kind == "input" else self.params[f.ref] for f in self.formals]
+    def arguments(self, given: Mapping[str, Tensor], params: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+        """What the graph reads. ``given``: inputs by name; ``params``: weights as they are now, else those captured."""
+        weights = self.params if params is None else params
+        return [given[f.ref] if f.kind == "input" else weights[f.ref] for f in self.formals]
+
+    def broken(self, args: Sequence[Tensor]) -> str:
+        """Where in the model the first value is read that is another for these ``arguments``, or ""."""
         with torch.no_grad():
             now = self.graph(*args)
         changed = (r for r, v in zip(self.reads, now, strict=True) if not torch.equal(v.to(r.value.device), r.value))

@@ -118,8 +118,8 @@ def _where(reads: _Reads, condition: Tensor, *choices: Any, **named: Any) -> Any
 
 
 def _masked_select(reads: _Reads, tensor: Tensor, mask: Tensor) -> Any:
-    tensor, mask = torch.broadcast_tensors(tensor, mask)
-    return tensor[reads.nonzero(mask)]
+    shape = torch.broadcast_shapes(tensor.shape, mask.shape)
+    return tensor.expand(shape)[reads.nonzero(mask.expand(shape))]
 
 
 def _repeat_interleave(reads: _Reads, tensor: Tensor, repeats: Any = None, *args: Any, **named: Any) -> Any:

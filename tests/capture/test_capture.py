@@ -263,3 +263,15 @@ def test_weights_given_as_arguments_are_params():
     program = capture(Functional(), spec, tensors, weights=["w"]).program
     assert program.params["w"] is w
     assert [i.name for i in program.inputs] == ["x", "t"]
+
+
+class Sum(nn.Module):
+    def forward(self, a: Tensor, t: Tensor, b: Tensor) -> Tensor:
+        return a * t - b
+
+
+def test_one_tensor_given_twice_is_two_inputs():
+    a, t, b = torch.randn(2, 4), torch.rand(2, 1), torch.randn(2, 4)
+    c = take(Sum(), a, t, a)
+    assert [i.name for i in c.program.inputs] == ["a", "t", "b"]
+    assert torch.equal(run(Sum(), c, a, t, b), a * t - b)

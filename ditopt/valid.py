@@ -1,0 +1,57 @@
+"""Whether a captured signature fits a call beyond its shapes, and what is said when one does not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from ditopt.capture import CallSpec, Guard
+from ditopt.errors import DitoptWarning
+from ditopt.runtime.same import Known
+
+
+class Valid:
+    """The verdicts of a guard, remembered by the tensors that it reads: it runs once a prompt, not once a step."""
+
+    def __init__(self, guard: Guard | None, params: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._guard = guard
+        self._params = params
+        self._known = Known(8)
+        self._broken: dict[int, str] = {}
+
+    def broken(self, given: Mapping[str, Tensor]) -> str:
+        """Where the model would read another value than the captured one for these inputs by name, or ""."""
+        if self._guard is None:
+            return ""
+        args = self._guard.arguments(given, self._params())
+        self._known.doubt()  # requests are not told apart here: memory whose writes nobody counts is compared
+        number = self._known.find(args)
+        if number is None:
+            number = self._known.add(args)
+            self._broken = {n: b for n, b in self._broken.items() if n in self._known}
+            self._broken[number] = self._guard.broken(args)
+        return self._broken[number]
+
+
+def notice(spec: CallSpec, before: Sequence[CallSpec], broken: str) -> None:
+    """A DitoptWarning where a call is captured again for a reason that its author may not see: ``broken`` says where
+    the model reads another value, or a list of ``spec`` has another length than in the newest of ``before``."""
+    if broken:
+        warnings.warn(
+            f"the model is captured again: its Python reads a value{broken} that is another for these inputs; each "
+            "value has a graph of its own",
+            DitoptWarning,
+            stacklevel=6,
+        )
+    elif before:
+        then, now = before[-1].lengths(), spec.lengths()
+        for name in then.keys() & now.keys():
+            if then[name] != now[name]:
+                warnings.warn(
+                    f"the model is captured again: the list {name} has {now[name]} entries and had {then[name]}; each "
+                    "length has a graph of its own",
+                    DitoptWarning,
+                    stacklevel=6,
+                )

@@ -1,0 +1,147 @@
+"""A call that fits the shapes of a captured signature and not its guard is captured again, with a notice."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ditopt
+from ditopt.capture import Guard
+from ditopt.errors import DitoptWarning
+from ditopt.optimized import OptimizedModule
+from tests.tiny_models import Plain, noise
+
+
+class Padded(Plain):
+    """Only as many text tokens as the longest prompt has take part."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=2)
+        self.text = nn.Linear(8, self.width)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        longest = int(mask.sum(1).max())
+        out: Tensor = super().forward(x + self.text(text[:, :longest]).mean(), t, y)
+        return out
+
+
+def inputs(*lengths: int, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(2, 4, 8, 8, generator=generator),
+        "t": torch.rand(2, generator=generator) * 500,
+        "y": torch.tensor([3, 7]),
+        "text": torch.randn(2, 6, 8, generator=generator),
+        "mask": torch.arange(6) < torch.tensor(lengths)[:, None],
+    }
+
+
+@pytest.fixture
+def model():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return noise(Padded())
+
+
+@pytest.fixture
+def guards(monkeypatch):
+    """How often a guard ran."""
+    runs, plain = [], Guard.broken
+    monkeypatch.setattr(Guard, "broken", lambda self, args: runs.append(1) or plain(self, args))
+    return runs
+
+
+def optimize(model: nn.Module) -> OptimizedModule:
+    fast: OptimizedModule = ditopt.optimize(model, "lossless", target="eager")
+    return fast
+
+
+def agree(fast: OptimizedModule, given: dict[str, Tensor]) -> bool:
+    with torch.no_grad():
+        return torch.equal(fast(**given), fast.original(**given))
+
+
+def test_another_value_is_another_signature(model, guards):
+    fast = optimize(model)
+    assert agree(fast, inputs(4, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # same longest prompt: same graph
+        assert agree(fast, inputs(2, 4, seed=1))
+    assert len(fast.engine.compiled) == 1
+    with pytest.warns(DitoptWarning, match=r"captured again: its Python reads a value at .*test_valid.py:.*\.max\(\)"):
+        assert agree(fast, inputs(5, 3))
+    assert len(fast.engine.compiled) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # both are kept
+        assert agree(fast, inputs(4, 3))
+        assert agree(fast, inputs(5, 3))
+    assert len(fast.engine.compiled) == 2
+
+
+def test_the_guard_runs_once_a_prompt(model, guards):
+    fast, given = optimize(model), inputs(4, 3)
+    fast(**given)
+    guards.clear()
+    for seed in range(5):
+        fast(**given | {"x": torch.randn(2, 4, 8, 8), "t": torch.rand(2), "text": inputs(1, 1, seed=seed)["text"]})
+    assert len(guards) == 1
+    fast(**inputs(4, 3))  # an equal mask in other memory
+    assert len(guards) == 1
+    fast(**inputs(3, 4))
+    assert len(guards) == 2
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_mask_that_changes_in_place_is_seen(model, mode):
+    with mode():
+        fast, given = optimize(model), inputs(4, 3)
+        fast(**given)
+        fast(**given)
+        given["mask"].fill_(True)
+        with pytest.warns(DitoptWarning, match="captured again"):
+            got = fast(**given)
+        assert torch.equal(got, model(**given))
+
+
+def test_explain_says_how_the_model_was_captured(model):
+    text = ditopt.explain(model, example_inputs=inputs(4, 3))
+    assert text.startswith("Capture\n  torch.export alone: Padded cannot be traced at ")
+    assert "guarded: 1 values that depend on mask, read at " in text
+
+
+class Stack(nn.Module):
+    """Takes a list of latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.time = nn.Linear(4, 4), nn.Linear(1, 4)
+
+    def forward(self, xs: list[Tensor], t: Tensor, more: list[Tensor]) -> list[Tensor]:
+        return [self.line(x) * self.time(t[None]) + sum(more) for x in xs]
+
+
+def test_a_list_of_another_length_is_another_signature():
+    fast = ditopt.optimize(Stack().eval(), "hoist_invariants", target="eager")
+    xs, t = [torch.randn(3, 4) for _ in range(4)], torch.rand(())
+
+    def check(n: int, more: int) -> None:
+        with torch.no_grad():
+            want = fast.original(xs[:n], t, xs[:more])
+            assert all(torch.equal(a, b) for a, b in zip(fast(xs[:n], t, xs[:more]), want, strict=True))
+
+    check(2, 1)
+    with pytest.warns(DitoptWarning, match="captured again: the list xs has 3 entries and had 2; each length") as told:
+        check(3, 1)
+    assert len(told) == 1
+    with pytest.warns(DitoptWarning, match="the list more has 2 entries and had 1"):
+        check(3, 2)
+    assert len(fast.engine.compiled) == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(2, 1)
+        check(3, 2)
+    fast([x[:2] for x in xs[:3]], t, [x[:2] for x in xs[:2]])  # another shape alone needs no notice
+    assert len(fast.engine.compiled) == 4
