@@ -32,6 +32,9 @@ from examples.training import halves, spread, trained
 RIGHT, DIVERSITY, INFLUENCE = 0.90, 0.5, 0.02
 """Floors of a model that may ship: share right, spread of samples of one caption, use of the least used block."""
 
+DRAWINGS, STEPS = 2000, 10
+"""Drawings that the classifier itself is judged by, and denoising steps of the samples without a block."""
+
 PARTS = {"model": "transformer.", "text_encoder": "text_encoder."}
 """Parts of a model of captions and their prefix in a checkpoint."""
 
@@ -109,7 +112,7 @@ def influence(pipe: Any, prompts: Sequence[Any]) -> dict[str, float]:
     """
 
     def sampled() -> Tensor:
-        return pipe(prompts, generator=torch.Generator().manual_seed(0), num_inference_steps=10, guidance_scale=1.0)
+        return pipe(prompts, generator=torch.Generator().manual_seed(0), num_inference_steps=STEPS, guidance_scale=1.0)
 
     def skip(block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         given = inspect.signature(block.forward).bind(*args, **kwargs).arguments
@@ -127,7 +130,7 @@ def influence(pipe: Any, prompts: Sequence[Any]) -> dict[str, float]:
 
 def judge(subject: Subject[T], pipe: Any, classifier: AttributeClassifier, count: int, show: Path | None) -> list[str]:
     """Print what the samples are worth; a sentence for each floor that they miss."""
-    drawn, truth = subject.batch(subject.seed + 2, 2000)
+    drawn, truth = subject.batch(subject.seed + 2, DRAWINGS)
     real = adherence(subject, classifier, drawn, truth)
     _, told = subject.batch(subject.seed + 3, count)
     captions = [t.caption() for t in told]
@@ -135,7 +138,7 @@ def judge(subject: Subject[T], pipe: Any, classifier: AttributeClassifier, count
     chunks = range(0, count, 32)
     samples = torch.cat([pipe(captions[i : i + 32], generator=generator, **subject.config["sampling"]) for i in chunks])
     right = adherence(subject, classifier, samples, told)
-    print(f"share that the classifier reads as the caption says, of {count} samples and of 2000 drawings:")
+    print(f"share that the classifier reads as the caption says, of {count} samples and of {DRAWINGS} drawings:")
     for name, value in right.items():
         print(f"  {name:28} {value:6.1%}  {real[name]:6.1%}")
     different = diversity(subject, pipe, told[0])

@@ -35,6 +35,9 @@ def test_psnr_is_per_sample_and_of_known_size():
 def test_psnr_takes_half_precision_and_any_rank():
     a, b = torch.zeros(2, 5), torch.full((2, 5), 0.25)
     assert psnr(a.half(), b.half())[0].item() == pytest.approx(-20 * math.log10(0.25), abs=1e-6)
+    videos, other = torch.zeros(2, 3, 4, 5, 5), torch.zeros(2, 3, 4, 5, 5)
+    other[1, :, 2] = 0.5  # one frame of four: mean square error 0.25 / 4
+    assert psnr(other, videos).tolist() == pytest.approx([math.inf, -10 * math.log10(0.0625)], abs=1e-6)
 
 
 @pytest.mark.parametrize(

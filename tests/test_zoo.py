@@ -83,9 +83,9 @@ def test_samples_are_what_was_asked_for(name):
 @pytest.mark.parametrize("name", zoo.names())
 def test_samples_of_one_prompt_differ(name):
     (prompt,) = zoo.package(name).prompts(1, 2)
-    samples = pipe(name)([prompt] * 3, num_inference_steps=10, generator=torch.Generator().manual_seed(0))
+    samples = pipe(name)([prompt] * 2, num_inference_steps=10, generator=torch.Generator().manual_seed(0))
     assert float(torch.pdist(samples.flatten(1)).min()) / samples[0].numel() ** 0.5 > 0.02
-    again = pipe(name)([prompt] * 3, num_inference_steps=10, generator=torch.Generator().manual_seed(0))
+    again = pipe(name)([prompt] * 2, num_inference_steps=10, generator=torch.Generator().manual_seed(0))
     assert torch.equal(samples, again)
 
 
@@ -93,7 +93,7 @@ def test_samples_of_one_prompt_differ(name):
 @pytest.mark.parametrize(("steps", "guidance"), [(10, 1.0), (30, 3.0), (50, 2.0)])
 def test_other_step_counts_and_guidance_scales(name, steps, guidance):
     package = zoo.package(name)
-    asked = package.prompts(2, 9)
+    asked = package.prompts(1, 9)
     generator = torch.Generator().manual_seed(9)
     samples = pipe(name)(asked, num_inference_steps=steps, guidance_scale=guidance, generator=generator)
     assert samples.isfinite().all()
