@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ditopt.artifact import Manifest
-from ditopt.capture import arguments_of, bind, capture
+from ditopt.capture import arguments_of, bind, capture, seal
 from ditopt.codegen.build import describe, export
 from ditopt.codegen.lower import lower, lower_memos
 from ditopt.engine import Engine, describe_for, rewrite, schedule_of
@@ -111,7 +111,7 @@ def export_onnx(
     ``steps`` (or ``timesteps``, which a predictor in the model's time needs). An OptimizedModule exports what it runs.
     """
     captured, history, used = _programs(model, recipe, example_inputs, steps, roles)
-    program = history[-1].program if history else captured.program
+    program = seal(history[-1].program if history else captured.program, captured.guard)
     times = [float(t) for t in timesteps] if timesteps is not None else None
     if times is not None and steps is not None and len(times) != steps:
         raise BadInput(f"steps={steps} and {len(times)} timesteps given; they must agree")

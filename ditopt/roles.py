@@ -41,9 +41,16 @@ def is_time(name: str) -> bool:
 
 
 def infer(
-    inputs: Sequence[tuple[str, Tensor]], outputs: Sequence[Tensor], overrides: Mapping[str, Role] | None = None
+    inputs: Sequence[tuple[str, Tensor]],
+    outputs: Sequence[Tensor],
+    overrides: Mapping[str, Role] | None = None,
+    guess: bool = False,
 ) -> list[Role]:
-    """A role for each (name, tensor). ``overrides`` maps input names to roles; an unknown name or role is BadInput."""
+    """A role for each (name, tensor). ``overrides`` maps input names to roles; an unknown name or role is BadInput.
+
+    BadInput too where neither name nor shape tells which of several inputs is the time, unless ``guess``: then it is
+    the first of them. (No such error for latents: all that could be one are taken for one, which assumes nothing.)
+    """
     names = [name for name, _ in inputs]
     for name, role in (overrides or {}).items():
         if name not in names:
@@ -55,10 +62,11 @@ def infer(
     roles = [(overrides or {}).get(name) or _by_name(name, value) for name, value in inputs]
     if "timestep" not in roles:  # unnamed: a vector of one number a row, or a single number
         rows = outputs[0].shape[0] if outputs and outputs[0].ndim else 1
-        for i, (_, value) in enumerate(inputs):
-            if roles[i] is None and value.ndim <= 1 and value.numel() in (1, rows):
-                roles[i] = "timestep"
-                break
+        times = [i for i, (_, v) in enumerate(inputs) if roles[i] is None and v.ndim <= 1 and v.numel() in (1, rows)]
+        if times and not guess:
+            _refuse_equals([inputs[i] for i in times])
+        for i in times[:1]:
+            roles[i] = "timestep"
     if "latent" not in roles:
         shapes = [tuple(o.shape) for o in outputs]
         candidates = [i for i, (_, v) in enumerate(inputs) if roles[i] is None and tuple(v.shape) in shapes]
@@ -68,6 +76,19 @@ def infer(
         role or ("prompt" if not v.is_floating_point() and v.ndim <= 1 else "latent")
         for role, (_, v) in zip(roles, inputs, strict=True)
     ]
+
+
+def _refuse_equals(times: Sequence[tuple[str, Tensor]]) -> None:
+    """BadInput where another input looks like the first of ``times``: same shape, numbers of the same kind."""
+    name, first = times[0]
+    alike = [n for n, v in times if v.shape == first.shape and v.is_floating_point() == first.is_floating_point()]
+    if len(alike) > 1:
+        kind = f"{str(first.dtype).removeprefix('torch.')}{list(first.shape)}"
+        raise BadInput(
+            f"the inputs {', '.join(alike)} (all {kind}) could each be the time of the step, and no name tells; pass "
+            f"roles={{'{name}': 'timestep', '{alike[1]}': 'prompt'}} or the other way round (roles are "
+            f"{', '.join(get_args(Role))})"
+        )
 
 
 def _by_name(name: str, value: Tensor) -> Role | None:

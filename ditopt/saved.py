@@ -31,6 +31,7 @@ def save(model: OptimizedModule, path: str | Path) -> Path:
 
     What is written is the signature used last. An earlier save in the folder is replaced whole, or kept after an error.
     """
+    from ditopt.capture import seal
     from ditopt.ir.text import print_program
     from ditopt.optimized import OptimizedModule
 
@@ -41,10 +42,13 @@ def save(model: OptimizedModule, path: str | Path) -> Path:
         raise BadInput(f"{folder} exists and is not a saved model; give another path, or an empty folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    program = seal(compiled.program, compiled.captured.guard)
     try:
-        params = {k: v.detach().cpu().contiguous().clone() for k, v in compiled.plan.params().items()}
+        params = {
+            k: v.detach().cpu().contiguous().clone() for k, v in {**program.params, **compiled.plan.params()}.items()
+        }
         require("safetensors.torch", None).save_file(params, scratch / WEIGHTS)
-        (scratch / PROGRAM).write_text(print_program(compiled.program))
+        (scratch / PROGRAM).write_text(print_program(program))
         manifest = compiled.plan.manifest
         hashes = {name: _sha256(scratch / name) for name in (PROGRAM, WEIGHTS)}
         manifest = dataclasses.replace(manifest, extra={**manifest.extra, "sha256": hashes})

@@ -39,6 +39,33 @@ def test_roles_by_shape():
     assert role_rules.infer(given, [torch.zeros(2, 4)]) == ["latent", "latent", "timestep", "prompt"]
 
 
+def test_ambiguous_times_are_asked_for():
+    x, u, v = torch.zeros(2, 4), torch.zeros(2), torch.ones(2)
+    given = [("x", x), ("u", u), ("n", torch.zeros(2).long()), ("v", v)]
+    with pytest.raises(BadInput) as error:
+        role_rules.infer(given, [x])
+    assert str(error.value) == (
+        "the inputs u, v (all float32[2]) could each be the time of the step, and no name tells; pass "
+        "roles={'u': 'timestep', 'v': 'prompt'} or the other way round (roles are latent, timestep, prompt, shape)"
+    )
+    assert role_rules.infer(given, [x], guess=True) == ["latent", "timestep", "prompt", "latent"]
+    assert role_rules.infer(given, [x], {"v": "timestep"}) == ["latent", "latent", "prompt", "timestep"]
+    assert role_rules.infer(given, [x], {"v": "prompt"}) == ["latent", "timestep", "prompt", "prompt"]
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        [("x", torch.zeros(2, 4)), ("t", torch.zeros(2)), ("u", torch.zeros(2))],  # a name tells
+        [("x", torch.zeros(2, 4)), ("u", torch.zeros(2)), ("n", torch.zeros(2).long())],  # labels are no times
+        [("x", torch.zeros(2, 4)), ("u", torch.zeros(2)), ("n", torch.zeros(()))],  # one number a row
+        [("p", torch.zeros(2, 4)), ("q", torch.zeros(2, 4)), ("u", torch.zeros(2))],  # latents both
+    ],
+)
+def test_what_is_not_ambiguous(inputs):
+    assert "timestep" in role_rules.infer(inputs, [torch.zeros(2, 4)])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_roles_of_the_tiny_models(name):
     roles = {i.name: i.role for i in captured(name)[1].program.inputs}

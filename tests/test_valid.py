@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -15,16 +16,16 @@ from ditopt.optimized import OptimizedModule
 from tests.tiny_models import Plain, noise
 
 
-class Padded(Plain):
+class Padded(nn.Module):
     """Only as many text tokens as the longest prompt has take part."""
 
     def __init__(self) -> None:
-        super().__init__(depth=2)
-        self.text = nn.Linear(8, self.width)
+        super().__init__()
+        self.inner, self.text = Plain(depth=2), nn.Linear(8, 4)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         longest = int(mask.sum(1).max())
-        out: Tensor = super().forward(x + self.text(text[:, :longest]).mean(), t, y)
+        out: Tensor = self.inner(x + self.text(text[:, :longest]).mean(), t, y)
         return out
 
 
@@ -50,7 +51,12 @@ def model():
 def guards(monkeypatch):
     """How often a guard ran."""
     runs, plain = [], Guard.broken
-    monkeypatch.setattr(Guard, "broken", lambda self, args: runs.append(1) or plain(self, args))
+
+    def broken(self: Guard, args: Sequence[Tensor]) -> str:
+        runs.append(1)
+        return plain(self, args)
+
+    monkeypatch.setattr(Guard, "broken", broken)
     return runs
 
 
@@ -110,6 +116,26 @@ def test_explain_says_how_the_model_was_captured(model):
     text = ditopt.explain(model, example_inputs=inputs(4, 3))
     assert text.startswith("Capture\n  torch.export alone: Padded cannot be traced at ")
     assert "guarded: 1 values that depend on mask, read at " in text
+
+
+@pytest.mark.parametrize("road", ["save", "onnx"])
+def test_what_leaves_the_process_gives_no_wrong_result(model, road, tmp_path):
+    given = inputs(4, 3)
+    fast = ditopt.optimize(model, "fora{interval=2}", target="eager", steps=2, example_inputs=given)
+    path = tmp_path / ("model" if road == "save" else "model.onnx")
+    write = ditopt.save if road == "save" else ditopt.export_onnx
+    with pytest.warns(DitoptWarning, match=r"Python reads at .*its results are NaN for inputs \(mask\)"):
+        write(fast, path)
+    loaded = ditopt.load(path, target="eager")
+    for lengths, valid in (((4, 3), True), ((3, 4), True), ((5, 3), False)):
+        with loaded.open(steps=2):
+            for t in (400.0, 300.0):
+                got = loaded(**inputs(*lengths) | {"t": torch.full((2,), t)})
+                assert got.isnan().all() == (not valid)
+                if valid and t == 400.0:
+                    with torch.no_grad():
+                        want = model(**inputs(*lengths) | {"t": torch.full((2,), t)})
+                    assert torch.allclose(got, want, atol=1e-5)
 
 
 class Stack(nn.Module):

@@ -14,6 +14,7 @@ from ditopt.capture.chain import Captured, capture
 from ditopt.capture.check import derive
 from ditopt.capture.flat import shared_copy
 from ditopt.capture.guard import Guard
+from ditopt.capture.seal import seal
 from ditopt.capture.spec import CallSpec, arguments_of, bind
 
-__all__ = ["CallSpec", "Captured", "Guard", "arguments_of", "bind", "capture", "derive", "shared_copy"]
+__all__ = ["CallSpec", "Captured", "Guard", "arguments_of", "bind", "capture", "derive", "seal", "shared_copy"]

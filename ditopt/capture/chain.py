@@ -151,7 +151,7 @@ def _captured(
 
 
 def _distinct(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """``tensors`` with a copy for each that is there already: torch.export would take two arguments for one for ever."""
+    """``tensors`` with a copy for each that is there already: torch.export would take two arguments for one."""
     first = {id(t): i for i, t in reversed(list(enumerate(tensors)))}
     return tuple(t if first[id(t)] == i else t.clone() for i, t in enumerate(tensors))
 

@@ -55,7 +55,12 @@ def to_program(
         results.append(values[node])
     graph.output(tuple(results))
     free = [(n, t) for n, t in zip(spec.names, tensors, strict=True) if n not in weights]
-    found = role_rules.infer(free, [r.meta["val"] for r in results[: len(results) - more]], roles)
+    found = role_rules.infer(
+        free,
+        [r.meta["val"] for r in results[: len(results) - more]],
+        roles,
+        guess=bool(weights),  # a graph from Dynamo may be a piece of a model, with names that say nothing
+    )
     inputs = tuple(Input(n, r, TensorType.of(t)) for (n, t), r in zip(free, found, strict=True))
     used = {n.meta["formal"].ref for n in graph.nodes if n.op == "placeholder" and n.meta["formal"].kind == "param"}
     program = Program(

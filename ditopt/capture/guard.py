@@ -28,6 +28,11 @@ class Guard:
     reads: tuple[Read, ...]
 
     @property
+    def results(self) -> tuple[fx.Node, ...]:
+        """The nodes of the values, in the order of ``reads``."""
+        return tuple(self.graph.graph.output_node().args[0])  # type: ignore[arg-type]
+
+    @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the inputs of the model that the values depend on."""
         return tuple(f.ref for f in self.formals if f.kind == "input")
