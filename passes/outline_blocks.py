@@ -7,17 +7,18 @@ become calls of one Function, so text, compile time and later passes see each cl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from ditopt.ir import example
-from ditopt.ir.binding import bind
+from ditopt.ir.binding import Binding, bind
 from ditopt.ir.edit import Editor
-from ditopt.ir.outline import flatten, outline
+from ditopt.ir.outline import outline
 from ditopt.ir.program import Program, Region
-from ditopt.ir.structure import find_blocks, find_modules
+from ditopt.ir.regions import with_modules
+from ditopt.ir.structure import Block, find_blocks, find_ends
 from ditopt.pipeline import Context, Outcome, Pass
 
 
@@ -31,20 +32,12 @@ class OutlineBlocks(Pass):
     def run(self, program: Program, context: Context) -> Outcome:
         if program.blocks():
             return Outcome(program, 0, (f"the {len(program.blocks())} blocks are outlined already",))
-        blocks = find_blocks(program.step, bind(program))
-        if not blocks:
-            return Outcome(program, 0, ("no stretch of the graph repeats: the model has no two equal blocks in a row",))
-        regions = [Region("model", "model", "")]
-        regions += [Region(f"stage.{s}", "stage", "model", s) for s in sorted({b.stage for b in blocks})]
-        with Editor(program.step, self.name) as e:
-            for i, block in enumerate(blocks):
-                for node in block.nodes:
-                    e[node].meta["region"] = f"blocks.{i}"
-                stage = block.stage
-                regions.append(Region(f"blocks.{i}", "block", f"stage.{stage}", stage, alias=_alias(block.nodes)))
-        marked = program.replace(functions={**program.functions, program.entry: e.function()}, regions=tuple(regions))
-        named = _mark_modules(outline(marked, self.name), self.name)
-        return Outcome(outline(flatten(named), self.name), len(blocks))
+        binding = bind(program)
+        blocks = find_blocks(program.step, binding)
+        if not any(b.chain == 0 for b in blocks):
+            return Outcome(program, 0, ("the model has no residual branch that attends, and none that repeats",))
+        marked = _mark(program, blocks, binding, self.name)
+        return Outcome(with_modules(outline(marked, self.name), self.name), len(blocks))
 
     @classmethod
     def example_applies(cls) -> Program:
@@ -53,6 +46,31 @@ class OutlineBlocks(Pass):
     @classmethod
     def example_refuses(cls) -> Program:
         return example.tiny_dit(attention=False)
+
+
+def _mark(program: Program, blocks: Sequence[Block], binding: Mapping[fx.Node, Binding], origin: str) -> Program:
+    """``program`` with the region of every operator, and the regions: model, what leads to the blocks, stages with
+    their blocks, what follows them, auxiliary chains."""
+    ids: dict[int, str] = {}
+    count: dict[int, int] = {}
+    for k, block in enumerate(blocks):
+        chain = f"aux{block.chain - 1}" if block.chain else "blocks"
+        ids[k] = f"{chain}.{count.setdefault(block.chain, 0)}"
+        count[block.chain] += 1
+    embed, head = find_ends(program.step, blocks, binding)
+    with Editor(program.step, origin) as e:
+        for name, nodes in (("embed", embed), ("head", head), *((ids[k], b.nodes) for k, b in enumerate(blocks))):
+            for node in nodes:
+                e[node].meta["region"] = name
+    regions = [Region("model", "model", "")]
+    regions += [Region("embed", "embed", "model")] if embed else []
+    regions += [Region(f"stage.{s}", "stage", "model", s) for s in sorted({b.stage for b in blocks if not b.chain})]
+    regions += [Region("head", "head", "model")] if head else []
+    for k, block in enumerate(blocks):
+        role, parent = ("aux", "model") if block.chain else ("block", f"stage.{block.stage}")
+        regions.append(Region(ids[k], role, parent, block.stage, alias=_alias(block.nodes)))  # type: ignore[arg-type]
+    functions = {**program.functions, program.entry: e.function()}
+    return program.replace(functions=functions, regions=tuple(regions))
 
 
 def _alias(nodes: Sequence[fx.Node]) -> str:
@@ -64,22 +82,3 @@ def _alias(nodes: Sequence[fx.Node]) -> str:
             break
         shared.append(part[0])
     return ".".join(shared)
-
-
-def _mark_modules(program: Program, origin: str) -> Program:
-    """Mark attention and MLP branches inside each body, and list them among the regions of every block."""
-    binding = bind(program)
-    functions, roles = dict(program.functions), {}
-    for name in {r.function for r in program.blocks()}:
-        modules = find_modules(program.functions[name], binding)
-        with Editor(program.functions[name], origin) as e:
-            for module in modules:
-                for node in module.nodes:
-                    e[node].meta["region"] = f".{module.role}"
-        functions[name] = e.function()
-        roles[name] = list(dict.fromkeys(m.role for m in modules))
-    regions: list[Region] = []
-    for r in program.regions:
-        regions.append(r)
-        regions += [Region(f"{r.id}.{role}", role, r.id, r.stage) for role in roles.get(r.function, [])]  # type: ignore[arg-type]
-    return program.replace(functions=functions, regions=tuple(regions))

@@ -71,7 +71,7 @@ def test_blocks_of_the_tiny_models(name):
     assert len(ZOO[name].blocks(model)) == len(blocks)
     for b in blocks:
         parallel = name == "flux" and b.stage == 1  # attention and MLP side by side add to the stream as one
-        assert roles(program, b.id) == (["attn"] if parallel else ["attn", "mlp"]), b.id
+        assert roles(program, b.id) == (["attn", "mod"] if parallel else ["attn", "mlp", "mod"]), b.id
     total, inside = cost.step_flops(program)
     assert sum(b.flops for b in blocks) == inside > 0.5 * total
     assert program.region("model").flops == total
@@ -160,13 +160,19 @@ def test_blocks_share_a_body_if_and_only_if_they_are_equal(model, want):
         assert torch.equal(run_program(program, inputs)[0][0], model(**inputs))
 
 
-@pytest.mark.parametrize("depth", [0, 1])
-def test_a_model_in_which_nothing_repeats_is_refused_with_a_sentence(depth):
-    model = noise(Plain(depth=depth))
+def test_a_model_without_blocks_is_refused_with_a_sentence():
+    model = noise(Plain(depth=0))
     spec, tensors = bind_call(model, (), ZOO["plain"].inputs())
     (*_, last) = PassManager("outline_blocks").run(capture(model, spec, tensors).program)
     assert last.applied == 0
-    assert last.refused == ("no stretch of the graph repeats: the model has no two equal blocks in a row",)
+    assert last.refused == ("the model has no residual branch that attends, and none that repeats",)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_blocks_need_not_repeat(depth):
+    program = outlined(noise(Plain(depth=depth)), **ZOO["plain"].inputs())
+    assert classes(program) == [depth]
+    assert roles(program, "blocks.0") == ["attn", "mlp", "mod"]
 
 
 class Encoder(nn.Module):

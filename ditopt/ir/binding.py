@@ -36,6 +36,14 @@ METADATA_ONLY = {
 """Operator -> positions of the operands of which only the type is read."""
 
 
+def data_operands(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values ``node`` reads, each once, in order."""
+    skip = METADATA_ONLY.get(node.target, ())
+    read: dict[fx.Node, None] = {}
+    fx.map_arg(([a for i, a in enumerate(node.args) if i not in skip], node.kwargs), read.setdefault)
+    return list(read)
+
+
 class Binding(enum.IntFlag):
     """What a value depends on."""
 
@@ -89,11 +97,8 @@ def _flow(
         elif node.op == "call_function" and node.args and node.args[0] in parts:
             local[node] = parts[node.args[0]][node.args[1]]
         elif node.op == "call_function":
-            skip = METADATA_ONLY.get(node.target, ())
             local[node] = Binding(0)
-            read: list[fx.Node] = []
-            fx.map_arg(([a for i, a in enumerate(node.args) if i not in skip], node.kwargs), read.append)
-            for used in read:
+            for used in data_operands(node):
                 local[node] |= local[used]
         else:
             local[node] = Binding(0)

@@ -7,17 +7,18 @@ on a flat graph inlines, edits, and outlines again, and the marks on the nodes s
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
+import re
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
-from ditopt.ir.cost import flops, function_flops
+from ditopt.errors import PassError
 from ditopt.ir.edit import Editor, inline, prune
+from ditopt.ir.extent import pattern
 from ditopt.ir.program import Formal, Function, Program, TensorType, formal
+from ditopt.ir.regions import describe
 from ditopt.ir.structure import trace
 
 aten = torch.ops.aten
@@ -41,14 +42,15 @@ def flatten(program: Program) -> Program:
 
 def outline(program: Program, origin: str) -> Program:
     """``program`` (flat, blocks marked by ``region``) with a shared Function for each class of blocks."""
-    sites = _sites(program.step)
+    step = _together(program.step, origin)
+    sites = _sites(step)
     classes: dict[Hashable, list[_Site]] = {}
     for site in sites:
         classes.setdefault(site.key, []).append(site)
     functions = dict(program.functions)
     bodies: dict[str, str] = {}
     shapes: dict[str, tuple[_Site, list[int]]] = {}
-    with Editor(program.step, origin) as e:
+    with Editor(step, origin) as e:
         now: dict[fx.Node, fx.Node] = {}  # what reads of an original node read by now
         for number, members in enumerate(classes.values()):
             name = f"block{number}"
@@ -63,39 +65,22 @@ def outline(program: Program, origin: str) -> Program:
             _call(e, site, *shapes[bodies[site.id]], bodies[site.id], now)
         e.drop_dead()
     functions[program.entry] = e.function()
-    return _with_cost(prune(program.replace(functions=functions)), bodies)
+    return describe(prune(program.replace(functions=functions)))
 
 
-def _with_cost(program: Program, bodies: Mapping[str, str]) -> Program:
-    """Regions with their block's function and the FLOPs of one call."""
-    cost = {name: function_flops(program, f) for name, f in program.functions.items()}
-    stages: dict[int, int] = {}
-    for r in program.regions:
-        stages[r.stage] = stages.get(r.stage, 0) + (cost[bodies[r.id]] if r.id in bodies else 0)
-    regions = []
-    for r in program.regions:
-        if r.id in bodies:
-            r = dataclasses.replace(r, function=bodies[r.id], flops=cost[bodies[r.id]])
-        elif r.role in ("model", "stage"):
-            r = dataclasses.replace(r, flops=cost[program.entry] if r.role == "model" else stages[r.stage])
-        elif r.role in ("attn", "mlp"):
-            body = program.functions[bodies[r.parent]]
-            r = dataclasses.replace(
-                r, flops=sum(flops(n) for n in body.graph.nodes if n.meta.get("region") == f".{r.role}")
-            )
-        regions.append(r)
-    return program.replace(regions=tuple(regions))
+_BLOCK = re.compile(r"((?:blocks|aux\d+)\.\d+)(\..+)?$")
 
 
 def _block_of(node: fx.Node) -> str:
-    """``blocks.3`` for a node marked ``blocks.3`` or ``blocks.3.attn``."""
-    parts = str(node.meta.get("region", "")).split(".")
-    return ".".join(parts[:2]) if parts[0] == "blocks" else ""
+    """``blocks.3`` for a node marked ``blocks.3`` or ``blocks.3.attn``, "" outside of blocks."""
+    match = _BLOCK.match(str(node.meta.get("region", "")))
+    return match[1] if match else ""
 
 
 def _relative(node: fx.Node) -> str:
-    parts = str(node.meta.get("region", "")).split(".")
-    return "".join(f".{p}" for p in parts[2:])
+    """``.attn`` for a node marked ``blocks.3.attn``."""
+    match = _BLOCK.match(str(node.meta.get("region", "")))
+    return match[2] or "" if match else ""
 
 
 def _sites(function: Function) -> list[_Site]:
@@ -107,29 +92,45 @@ def _sites(function: Function) -> list[_Site]:
 
 
 def _site(id: str, nodes: list[fx.Node]) -> _Site:
-    local = {n: i for i, n in enumerate(nodes)}
-    inputs: dict[fx.Node, int] = {}
-    parts: list[Hashable] = []
-
-    def encode(node: fx.Node) -> Any:
-        if node in local:
-            return _Ref(f"%{local[node]}")
-        return _Ref(f"${inputs.setdefault(node, len(inputs))}")
-
-    for node in nodes:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), encode)
-        parts.append((str(node.target), repr(args), repr(kwargs), _relative(node)))
-    types = tuple((n.meta["val"].dtype, tuple(n.meta["val"].shape)) for n in inputs)
+    local = set(nodes)
+    key, inputs = pattern(nodes, [_relative(n) for n in nodes])
     outputs = [i for i, n in enumerate(nodes) if any(u not in local for u in n.users)]
-    return _Site(id, nodes, list(inputs), outputs, (tuple(parts), types))
+    return _Site(id, nodes, inputs, outputs, key)
 
 
-class _Ref:
-    def __init__(self, text: str) -> None:
-        self._text = text
+def _together(function: Function, origin: str) -> Function:
+    """``function`` in an order in which each block can be one call: what reads its results comes after all of it.
 
-    def __repr__(self) -> str:
-        return self._text
+    Most traces have such an order already; then nothing moves. PassError where there is none.
+    """
+    nodes = trace(function)
+    last = {_block_of(n): n for n in nodes}
+    unit = {n: last[_block_of(n)] if _block_of(n) else n for n in nodes}
+    members: dict[fx.Node, list[fx.Node]] = {}
+    reads: dict[fx.Node, dict[fx.Node, None]] = {}
+    for node in nodes:
+        members.setdefault(unit[node], []).append(node)
+        before = reads.setdefault(unit[node], {})
+        before.update((unit[a], None) for a in node.all_input_nodes if unit.get(a, unit[node]) is not unit[node])
+    placed: set[fx.Node] = set()
+    order: list[fx.Node] = []
+    for start in (n for n in nodes if unit[n] is n):
+        path = [start]
+        while path:
+            missing = next((a for a in reads[path[-1]] if a not in placed), None)
+            if missing in path:
+                raise PassError("two blocks read each other: neither can be one call")
+            if missing is not None:
+                path.append(missing)
+            elif (u := path.pop()) not in placed:
+                placed.add(u)
+                order += members[u]
+    if order == nodes:
+        return function
+    with Editor(function, origin) as e:
+        for node in order:
+            e.graph.output_node().prepend(e[node])
+    return e.function()
 
 
 def _body(name: str, model: _Site, outputs: Sequence[int], origin: str) -> Function:

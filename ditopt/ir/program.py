@@ -148,16 +148,21 @@ class Decision:
     weights: str
 
 
-RegionRole = Literal["model", "stage", "block", "attn", "mlp"]
+RegionRole = Literal["model", "embed", "stage", "head", "block", "aux", "attn", "mlp", "mod"]
+"""What a region is to the model. ``embed``: what makes the streams that enter the first blocks; ``head``: what follows
+the last ones; ``aux``: a block of a chain beside the main one; ``mod``: what makes shifts, scales and gates of the
+timestep."""
 
 
 @dataclass(frozen=True)
 class Region:
     """A piece of the model found in the graph.
 
-    ``id``: ``model``; ``blocks.3`` (numbered along the main latent chain over all stages); ``blocks.3.attn``.
-    ``stage``: index of the run of isomorphic blocks this one belongs to. ``alias``: the module path where the capture
-    knew one, for display only. ``flops``: of one call, by ``ir/cost.py``. ``function``: the shared body of a block.
+    ``id``: ``model``; ``blocks.3`` (numbered along the main latent chain over all stages); ``blocks.3.attn``;
+    ``aux0.1`` (a block of another chain, such as a refiner of the text).
+    ``stage``: index of the run of isomorphic blocks, or of groups of them that alternate, this one belongs to.
+    ``alias``: the module path where the capture knew one, for display only. ``flops``: of one call, by ``ir/cost.py``.
+    ``function``: the shared body of a block.
     """
 
     id: str

@@ -1,46 +1,59 @@
-"""Where the blocks are: repeated subgraphs, found in the order of the trace.
+"""Where the blocks are: the residual branches of a model, grouped along the dataflow.
 
-A traced model is a sequence of operators; its repeated blocks are a stretch of that sequence that repeats itself with
-some period. ``find_blocks`` looks for such stretches (operators, shapes and constants must agree; names of modules and
-arguments are never read), cuts each where the fewest latent values cross, and adds blocks of another kind that continue
-a stretch (such as a last block that drops the text stream).
+A transformer is a sequence of residual branches (ir/residual.py). Three rules of dataflow group them into blocks; no
+module path, class or argument name is read, and blocks need not repeat:
+
+* **Level.** In a block, attention comes first and what it gathered is then fed through MLPs. So a block begins where a
+  branch attends to what an earlier branch fed forward: the level of a branch counts these turns along its longest
+  path. The branches of several streams (image and text) have the same levels whatever the order of their trace.
+* **Component.** Branches of one level are one block where they share operators (joint attention) or where one reads
+  the other with no layer between them that belongs to no branch. Two towers that run side by side stay apart.
+* **Chain.** Blocks that continue each other are a chain. The main one sees the latent and does most of the work; all
+  blocks of other latent chains that lie before or after all of it belong to it too (a refiner of the noisy image, the
+  part after a long skip). Other chains are auxiliary: text refiners, a control tower.
+
+A level of branches that only attend, or only feed, has no turns to count; there the smallest period splits it.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-import torch
 from torch import fx
 
 from ditopt.ir.binding import Binding
-from ditopt.ir.cost import is_attention, is_matmul
-from ditopt.ir.program import Function, TensorType
+from ditopt.ir.cost import flops, is_matmul
+from ditopt.ir.extent import extend, label, pattern
+from ditopt.ir.modules import Module, find_modules, rejoined, stream_origins
+from ditopt.ir.program import Function
+from ditopt.ir.reach import Reach, places
+from ditopt.ir.residual import Branch, find_branches
 
-aten = torch.ops.aten
-
-CASTS = {aten._to_copy.default, aten.to.dtype, aten.type_as.default, aten.clone.default, aten.contiguous.default}
+__all__ = [
+    "Block",
+    "Module",
+    "find_blocks",
+    "find_ends",
+    "find_modules",
+    "label",
+    "rejoined",
+    "stream_origins",
+    "trace",
+]
 
 
 @dataclass(frozen=True)
 class Block:
-    """The operators of one block, in trace order, and the number of its stage (a run of equal blocks)."""
+    """The operators of one block, in trace order.
+
+    ``chain``: 0 for the main one, else 1 + the number of the auxiliary chain. ``stage``: in the main chain, the number
+    of the run of equal blocks (or of equal groups of blocks, where classes alternate), else -1.
+    """
 
     nodes: tuple[fx.Node, ...]
     stage: int
-
-
-@dataclass(frozen=True)
-class _Window:
-    """``sequence[start:stop]`` is one block of stage ``stage``."""
-
-    start: int
-    stop: int
-    stage: int
+    chain: int = 0
 
 
 def trace(function: Function) -> list[fx.Node]:
@@ -49,290 +62,189 @@ def trace(function: Function) -> list[fx.Node]:
 
 
 def find_blocks(function: Function, binding: Mapping[fx.Node, Binding]) -> list[Block]:
-    """The blocks of a flat function along the trace; empty where nothing repeats.
-
-    What depends on the timestep alone or on nothing is left out while looking for repeats: blocks may take different
-    slices of one modulation table and still be equal. It joins the block that alone reads it.
-    """
-    sequence = [n for n in trace(function) if binding[n] & (Binding.LATENT | Binding.PROMPT)]
-    labels = _labels(sequence)
-    latent = [bool(binding[n] & Binding.LATENT) for n in sequence]
-    work = [a and (is_attention(n) or is_matmul(n)) for a, n in zip(latent, sequence, strict=True)]
-    crossing = _Crossing(sequence, latent)
-    runs = _runs(sequence, labels, work, crossing, 0, len(sequence))
-    windows = [_Window(a, b, stage) for stage, run in enumerate(runs) for a, b in run]
-    windows = _with_odd_blocks(sequence, latent, windows)
-    owner = {n: k for k, w in enumerate(windows) for n in sequence[w.start : w.stop]}
-    for node in reversed(trace(function)):
-        if node not in owner and not binding[node] & (Binding.LATENT | Binding.PROMPT):
-            readers = {owner.get(u) for u in node.users}
-            if len(readers) == 1 and (reader := readers.pop()) is not None:
-                owner[node] = reader
-    members: list[list[fx.Node]] = [[] for _ in windows]
-    for node in trace(function):
-        if node in owner:
-            members[owner[node]].append(node)
-    return [Block(tuple(m), w.stage) for m, w in zip(members, windows, strict=True)]
+    """The blocks of a flat function: those of the main chain in order, then the auxiliary ones; empty where no branch
+    attends and nothing repeats."""
+    reach = Reach(function)
+    branches = find_branches(function, binding, reach)
+    latent = [b for b in branches if binding[b.sum] & Binding.LATENT]
+    other = [b for b in branches if not binding[b.sum] & Binding.LATENT]
+    near = _near(branches, reach)
+    main, *aside = _chains(_groups(latent, near, reach), near, reach) or [[]]
+    chains = [main, *aside, *_chains(_groups(other, near, reach), near, reach, lead=False)]
+    groups = [g for chain in chains for g in chain]
+    extents = extend(
+        [reach.convex(_union(b.nodes for b in g)) for g in groups],
+        [reach.bits(b.stream for b in g) for g in groups],
+        binding,
+        reach,
+    )
+    members = [tuple(n for n in reach.members(e) if n.op == "call_function") for e in extents]
+    stages = _stages([pattern(m)[0] for m in members[: len(main)]])
+    number = [k for k, chain in enumerate(chains) for _ in chain]
+    stages += [-1] * (len(groups) - len(main))
+    return [Block(m, s, k) for m, s, k in zip(members, stages, number, strict=True)]
 
 
-def _labels(nodes: Sequence[fx.Node]) -> np.ndarray:
-    """One number a node: equal where operator, constants and types agree."""
-    known: dict[Hashable, int] = {}
-    return np.array([known.setdefault(label(n), len(known)) for n in nodes])
+def find_ends(
+    function: Function, blocks: Sequence[Block], binding: Mapping[fx.Node, Binding]
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Operators that make the streams of the first blocks of the main chain, and operators that follow the last ones
+    (with what only those read)."""
+    reach = Reach(function)
+    inside = _union(reach.bits(b.nodes) for b in blocks)
+    main = [reach.bits(b.nodes) for b in blocks if b.chain == 0]
+    behind = _union(reach.below[i] for b in main for i in places(b)) & ~inside
+    ahead = _union(reach.above[i] for b in main for i in places(b)) & ~inside
+    head = _private(behind & ~ahead, ~inside, reach)
+    entries = {a for b in main for i in places(b) for a in reach.reads[i] if not inside >> a & 1}
+    embed = _union(reach.above[a] for a in entries if binding[reach.nodes[a]] & Binding.LATENT) & ahead & ~behind
+    return [[n for n in reach.members(s) if n.op == "call_function"] for s in (embed, head)]  # type: ignore[return-value]
 
 
-def label(node: fx.Node) -> Hashable:
-    """Operator, constants and types of a node, without what it is connected to."""
-    mark: Any = lambda n: _Mark(_type(n.meta["val"]))  # noqa: E731 - typed as map_arg wants it
-    args, kwargs = fx.map_arg((node.args, node.kwargs), mark)
-    return (str(node.target), repr(args), repr(kwargs), _type(node.meta["val"]))
+def _private(bits: int, among: int, reach: Reach) -> int:
+    """The set with the operators ``among`` that nothing else reads."""
+    for i in reversed(range(len(reach.nodes))):
+        node = reach.nodes[i]
+        if among >> i & 1 and node.users and all(u.op != "output" and bits >> reach.place[u] & 1 for u in node.users):
+            bits |= 1 << i
+    return bits
 
 
-class _Mark:
-    def __init__(self, type: str) -> None:
-        self._type = type
-
-    def __repr__(self) -> str:
-        return self._type
-
-
-def _type(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return f"({','.join(_type(v) for v in value)})"
-    return f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
-
-
-def _runs(
-    nodes: Sequence[fx.Node], labels: np.ndarray, work: Sequence[bool], reach: _Crossing, start: int, stop: int
-) -> list[list[tuple[int, int]]]:
-    """Runs of equal blocks in the order of the trace: the longest stretch that repeats, cut into blocks, then what is
-    left and right of them."""
-    best: tuple[int, int, int, int] | None = None
-    count = np.concatenate([[0], np.cumsum(work)])
-    part = labels[start:stop]
-    for period in range(4, len(part) // 2 + 1):
-        equal = np.flatnonzero(part[:-period] != part[period:])
-        edges = np.concatenate([[-1], equal, [len(part) - period]])
-        lengths = np.diff(edges) - 1
-        i = int(lengths.argmax())
-        length = int(lengths[i])
-        if length < period:
-            continue
-        first = start + int(edges[i]) + 1
-        last = first + length + period
-        per_block = (count[last] - count[first]) * period / (last - first)
-        if per_block < 2:
-            continue
-        # a multiple of the true period covers as much; the smallest period wins unless a longer one covers clearly more
-        if best is None or last - first > 1.05 * best[0]:
-            best = (last - first, first, last, period)
-    if best is None:
-        return []
-    _, first, last, period = best
-    cuts = _cuts(nodes, reach, first, last, period)
-    left = _runs(nodes, labels, work, reach, start, cuts[0][0])
-    return [*left, cuts, *_runs(nodes, labels, work, reach, cuts[-1][1], stop)]
-
-
-class _Crossing:
-    """Which values cross a cut of the trace."""
-
-    def __init__(self, nodes: Sequence[fx.Node], latent: Sequence[bool]) -> None:
-        index = {n: i for i, n in enumerate(nodes)}
-        self.last = [
-            max((index.get(u, len(nodes)) for u in n.users), default=i) if n.target is not None else i
-            for i, n in enumerate(nodes)
-        ]
-        # what is computed from a whole (split, getitem) crosses as the parts, the tuple itself never does
-        self.counted = [not isinstance(n.meta["val"], (tuple, list)) for n in nodes]
-        deltas = np.zeros((2, len(nodes) + 2), dtype=int)
-        for i, end in enumerate(self.last):
-            if self.counted[i] and end > i:
-                for row in (0, 1) if latent[i] else (1,):
-                    deltas[row, i + 1] += 1
-                    deltas[row, min(end, len(nodes)) + 1] -= 1
-        self.latent, self.all = (np.cumsum(d) for d in deltas)
-
-
-def _cuts(nodes: Sequence[fx.Node], reach: _Crossing, start: int, stop: int, period: int) -> list[tuple[int, int]]:
-    """The blocks in a periodic stretch: at the phase at which the fewest values cross from block to block.
-
-    Where the stretch ends before the splits and joins that end a block (the last one drops a stream), the blocks are
-    cut before them too, so that it is one of them.
-    """
-    options = []
-    for phase in range(period):
-        copies = (stop - start - phase) // period
-        tail = start + phase + (copies + 1) * period
-        short = max(tail - stop, 0)
-        if 0 < short < period and all(_is_join(n) for n in nodes[stop - period : tail - period]):
-            copies += 1
-        else:
-            short = 0
-        inner = [start + phase + k * period for k in range(1, copies + (copies == 1))]
-        if copies < 2:
-            continue
-        options.append((int(reach.latent[inner].max()), -copies, int(reach.all[inner].max()), phase, copies, short))
-    _, _, _, phase, copies, short = min(options)
-    return [(a, a + period - short) for a in range(start + phase, start + phase + copies * period, period)]
-
-
-def _with_odd_blocks(nodes: Sequence[fx.Node], latent: Sequence[bool], windows: list[_Window]) -> list[_Window]:
-    """Add what continues a run with an attention of its own: from the end of the run to the last residual add."""
-    out: list[_Window] = []
-    stage = 0
-    for i, window in enumerate(windows):
-        out.append(_Window(window.start, window.stop, stage))
-        follows = windows[i + 1] if i + 1 < len(windows) else None
-        stop = follows.start if follows is not None else len(nodes)
-        if any(latent[k] and is_attention(nodes[k]) for k in range(window.stop, stop)):
-            end = _last_residual(nodes, window.stop, stop)
-            if end is not None:
-                stage += 1
-                out.append(_Window(window.stop, end, stage))
-        stage += follows is not None and follows.stage != window.stage
+def _union(sets: Iterable[int]) -> int:
+    out = 0
+    for s in sets:
+        out |= s
     return out
 
 
-def _last_residual(nodes: Sequence[fx.Node], start: int, stop: int) -> int | None:
-    """End of the chain of residual adds that begins with a value from before ``start``."""
-    before = {n for n in nodes[max(0, start - 2000) : start] if isinstance(n.meta["val"], torch.Tensor)}
-    index = {n: k for k, n in enumerate(nodes[start:stop], start)}
-    chain: set[fx.Node] = {n for n in before if any(u in index for u in n.users)}
-    end = None
-    for k in range(start, stop):
-        node = nodes[k]
-        operands = [a for a in node.args if isinstance(a, fx.Node)]
-        if node.target is aten.add.Tensor and len(operands) == 2:
-            for a, b in (operands, operands[::-1]):
-                if (
-                    a in chain
-                    and b not in chain
-                    and b in index
-                    and TensorType.of(a.meta["val"]).shape == TensorType.of(node.meta["val"]).shape
-                ):
-                    chain.add(node)
-                    end = k + 1
-        elif node.target in CASTS and operands and operands[0] in chain:
-            chain.add(node)
-    return end
+# -- levels and components ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Module:
-    """A residual branch of a block: ``role`` and the value that leaves it, before the gate."""
-
-    role: str
-    output: fx.Node
-    nodes: frozenset[fx.Node]
-
-
-def find_modules(body: Function, binding: Mapping[fx.Node, Binding]) -> list[Module]:
-    """The attention and MLP branches of a block body, by its residual adds.
-
-    ``x + gate * m(norm(x))``: the branch leaves at ``m``, before a gate that does not depend on the latent. A branch
-    that attends is attention (with an MLP beside it in parallel blocks), another that multiplies matrices is an MLP.
-    """
-    stream = _streams(body, binding)
-    assigned: set[fx.Node] = set()
-    modules: list[Module] = []
-    for node in trace(body):
-        operands = [a for a in node.args if isinstance(a, fx.Node)]
-        if node.target is aten.add.Tensor and len(operands) == 2:
-            if all(a in stream for a in operands) and _same_shape(operands[0], node):
-                stream.add(node)  # a control residual, a position embedding of the prompt's length
-                continue
-            for old, branch in (operands, operands[::-1]):
-                if old in stream and branch not in stream and _same_shape(old, node):
-                    # what does not depend on the latent (a position embedding) shifts the stream and is no module
-                    found = _branch(branch, stream, binding) if binding[branch] & Binding.LATENT else None
-                    if found is not None and found.output not in {m.output for m in modules}:
-                        modules.append(Module(found.role, found.output, frozenset(found.nodes - assigned)))
-                        assigned |= found.nodes
-                    stream.add(node)
-                    break
-        elif _is_layout(node) and operands and all(a in stream for a in node.all_input_nodes):
-            stream.add(node)
-    return modules
+def _near(branches: Sequence[Branch], reach: Reach) -> dict[fx.Node, set[fx.Node]]:
+    """For each branch (by its sum) those that share operators with it, whose stream it continues with no layer between,
+    and those that it reads beside its stream (what it attends to, through layers of keys and values)."""
+    owners: dict[int, list[fx.Node]] = {}
+    for b in branches:
+        for i in places(b.nodes):
+            owners.setdefault(i, []).append(b.sum)
+    found: dict[fx.Node, set[fx.Node]] = {}
+    for b in branches:
+        stream = reach.place[b.stream]
+        found[b.sum] = {o for i in places(b.nodes) for o in owners[i]}
+        beside = {a for i in places(b.nodes) for a in reach.reads[i] if not b.nodes >> a & 1 and a != stream}
+        for todo, through in (([stream], False), (list(beside), True)):
+            seen = set(todo)
+            while todo:
+                i = todo.pop()
+                if i in owners:
+                    found[b.sum].update(owners[i])
+                elif through or not is_matmul(reach.nodes[i]):
+                    todo += [a for a in reach.reads[i] if a not in seen]
+                    seen.update(reach.reads[i])
+    return found
 
 
-def _streams(body: Function, binding: Mapping[fx.Node, Binding]) -> set[fx.Node]:
-    """Formals that a residual stream may enter by: latent ones, and the text of the first block, which still depends on
-    the prompt alone. Weights are constant."""
-    return {p for p in body.placeholders if binding[p] & (Binding.LATENT | Binding.PROMPT)}
+def _levels(branches: Sequence[Branch], reach: Reach) -> dict[fx.Node, int]:
+    """How often, on the longest path to each branch, one attends to what an earlier one fed forward."""
+    levels: dict[fx.Node, int] = {}
+    for i, b in enumerate(branches):
+        behind, read = reach.above[reach.place[b.sum]], reach.above[reach.place[b.value]]
+        level = 0
+        for a in branches[:i]:
+            at = reach.place[a.sum]
+            if behind >> at & 1:
+                level = max(level, levels[a.sum] + bool(b.attends and a.feeds and read >> at & 1))
+        levels[b.sum] = level
+    return levels
 
 
-def _same_shape(a: fx.Node, b: fx.Node) -> bool:
-    return bool(a.meta["val"].shape == b.meta["val"].shape)
+def _groups(branches: Sequence[Branch], near: Mapping[fx.Node, set[fx.Node]], reach: Reach) -> list[list[Branch]]:
+    """The branches of each block, in the order of levels."""
+    level = _levels(branches, reach)
+    links = [
+        (i, j) for i, j in _links([[b] for b in branches], near) if level[branches[i].sum] == level[branches[j].sum]
+    ]
+    groups = [[branches[i] for i in part] for part in _components(len(branches), links)]
+    groups = _apart(groups, reach)
+    groups.sort(key=lambda g: (level[g[0].sum], reach.place[g[0].sum]))
+    if any(b.attends for b in branches):
+        groups = [g for g in groups if any(b.attends for b in g)]
+        return [part for g in groups for part in ([g] if any(b.feeds for b in g) else _copies(g, reach))]
+    return [part for g in groups for part in _copies(g, reach) if len(part) < len(g)]
 
 
-def _is_layout(node: fx.Node) -> bool:
-    """Operators that move the values of a stream without computing: joining, splitting, casting."""
-    return node.target in CASTS or _is_join(node)
+def _apart(groups: list[list[Branch]], reach: Reach) -> list[list[Branch]]:
+    """Groups that read each other are one: none of them could be called before the other."""
+    nodes = [_union(b.nodes for b in g) for g in groups]
+    above = [_union(reach.above[reach.place[b.sum]] for b in g) for g in groups]
+    pairs = [(i, j) for i in range(len(groups)) for j in range(i) if above[i] & nodes[j] and above[j] & nodes[i]]
+    merged = [
+        sorted((b for i in part for b in groups[i]), key=lambda b: reach.place[b.sum])
+        for part in _components(len(groups), pairs)
+    ]
+    return merged
 
 
-def _is_join(node: fx.Node) -> bool:
-    """Operators that join or split streams."""
-    return node.target in {
-        aten.cat.default,
-        aten.slice.Tensor,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        operator.getitem,
-    }
+def _links(groups: Sequence[Sequence[Branch]], near: Mapping[fx.Node, set[fx.Node]]) -> list[tuple[int, int]]:
+    """Pairs of groups of which one reads, or overlaps, the other."""
+    owner = {b.sum: i for i, g in enumerate(groups) for b in g}
+    return [(i, owner[other]) for i, g in enumerate(groups) for b in g for other in near[b.sum] if other in owner]
 
 
-def rejoined(node: fx.Node) -> fx.Node | None:
-    """The value that ``node`` joins again from all its slices in order; None where it does anything else."""
-    if node.target is not aten.cat.default:
-        return None
-    parts: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
-    dim, position = node.args[1] if len(node.args) > 1 else 0, 0
-    if any(p.target is not aten.slice.Tensor or p.args[0] is not parts[0].args[0] for p in parts):
-        return None
-    for part in parts:
-        at, start = part.args[1:3] if len(part.args) > 2 else (*part.args[1:], 0)
-        if at != dim or (start or 0) != position:
-            return None
-        position += part.meta["val"].shape[dim]
-    whole: fx.Node = parts[0].args[0]  # type: ignore[assignment]
-    return whole if _same_shape(whole, node) else None
+def _components(count: int, links: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """The connected parts of ``0..count-1``, each ascending."""
+    part = list(range(count))
+    for a, b in links:
+        if part[a] != part[b]:
+            part = [part[a] if p == part[b] else p for p in part]
+    return [[i for i in range(count) if part[i] == p] for p in dict.fromkeys(part)]
 
 
-def _branch(value: fx.Node, stream: set[fx.Node], binding: Mapping[fx.Node, Binding]) -> Module | None:
-    while value.target in CASTS:
-        value = value.args[0]  # type: ignore[assignment]
-    if value.target is aten.mul.Tensor:
-        pair = [a for a in value.args if isinstance(a, fx.Node)]
-        latent = [a for a in pair if binding[a] & Binding.LATENT]
-        if len(pair) == 2 and len(latent) == 1 and latent[0].meta["val"].shape == value.meta["val"].shape:
-            value = latent[0]
-    nodes: set[fx.Node] = set()
-    todo = [value]
-    while todo:
-        node = todo.pop()
-        if node in nodes or node in stream or node.op == "placeholder":
-            continue
-        nodes.add(node)
-        todo += node.all_input_nodes
-    if any(is_attention(n) for n in nodes) or any("softmax" in str(n.target) for n in nodes):
-        return Module("attn", value, frozenset(nodes))
-    if any(is_matmul(n) for n in nodes):
-        return Module("mlp", value, frozenset(nodes))
-    return None
+def _copies(group: list[Branch], reach: Reach) -> list[list[Branch]]:
+    """Equal parts of a group of which no turn tells where a block ends: its smallest period."""
+    kinds = [tuple(label(n) for n in reach.members(b.inside)) for b in group]
+    for period in range(1, len(group) // 2 + 1):
+        if len(group) % period == 0 and kinds[period:] == kinds[:-period]:
+            return [group[i : i + period] for i in range(0, len(group), period)]
+    return [group]
 
 
-def stream_origins(body: Function, binding: Mapping[fx.Node, Binding]) -> list[int | None]:
-    """For each result of a body: the formal whose stream it continues by residual adds and casts, or None."""
-    streams = _streams(body, binding)
-    origin: dict[fx.Node, int] = {p: i for i, p in enumerate(body.placeholders) if p in streams}
-    for node in trace(body):
-        operands = [a for a in node.args if isinstance(a, fx.Node)]
-        if node.target is aten.add.Tensor and len(operands) == 2:
-            for old, other in (operands, operands[::-1]):
-                if old in origin and other not in origin and _same_shape(old, node):
-                    origin[node] = origin[old]
-                    break
-        elif node.target in CASTS and operands and operands[0] in origin:
-            origin[node] = origin[operands[0]]
-    return [origin.get(r) for r in body.results]
+# -- chains and stages -------------------------------------------------------------------------------------------------
+
+
+def _chains(
+    groups: list[list[Branch]], near: Mapping[fx.Node, set[fx.Node]], reach: Reach, lead: bool = True
+) -> list[list[list[Branch]]]:
+    """Groups that continue each other; with ``lead`` the main chain first, with all that comes before or after it."""
+    chains = [[groups[i] for i in part] for part in _components(len(groups), _links(groups, near))]
+    if not lead or not chains:
+        return chains
+    main = max(chains, key=lambda c: sum(flops(n) for g in c for b in g for n in reach.members(b.inside)))
+    along = [c for c in chains if c is main or all(_comparable(g, h, reach) for g in c for h in main)]
+    ordered = [g for g in groups if any(g is h for c in along for h in c)]
+    return [ordered, *(c for c in chains if not any(c is a for a in along))]
+
+
+def _comparable(a: Sequence[Branch], b: Sequence[Branch], reach: Reach) -> bool:
+    """Whether one of two groups is computed from the other."""
+    for one, other in ((a, b), (b, a)):
+        ends = reach.bits(x.sum for x in one)
+        if any(reach.above[reach.place[y.sum]] & ends for y in other):
+            return True
+    return False
+
+
+def _stages(classes: Sequence[Hashable]) -> list[int]:
+    """The number of the run that each block is in: equal blocks in a row, or a group of blocks that repeats."""
+    stages: list[int] = []
+    while (at := len(stages)) < len(classes):
+        best, stage = 1, stages[-1] + 1 if stages else 0
+        for period in range(1, (len(classes) - at) // 2 + 1):
+            end = at + period
+            while end < len(classes) and classes[end] == classes[end - period]:
+                end += 1
+            copies = (end - at) // period
+            if copies > 1:
+                best = max(best, copies * period)
+        stages += [stage] * best
+    return stages
