@@ -3,6 +3,7 @@
     python -m examples.bench.coverage                   # all of them, written to examples/bench/coverage.csv
     python -m examples.bench.coverage --only flux wan   # these; their rows replace those in the file
     python -m examples.bench.coverage --part 2/4        # every fourth, beginning with the second
+    python -m examples.bench.coverage --quick           # what takes half of the time stays as it is in the file
     python -m examples.bench.coverage --readme          # the table for README.md, from the file
 
 Each denoiser runs in a process of its own, which gives its memory back and may take too long.
@@ -13,8 +14,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import multiprocessing
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -33,23 +34,30 @@ CSV = Path(__file__).with_suffix(".csv")
 BEGIN, END = "<!-- coverage: python -m examples.bench.coverage --readme -->", "<!-- end of coverage -->"
 
 
-def measure(name: str, limit: float) -> Row:
-    """The row of a denoiser, from a fresh process that may take ``limit`` seconds."""
+PRELOAD = ["examples.bench.probe", "diffusers.models.transformers", "torch.onnx", "onnxscript", "onnxruntime"]
+"""What the server of processes imports once; each process is a fork of it."""
+
+
+def measure(name: str, limit: float, full: bool = True) -> Row:
+    """The row of a denoiser, from a fresh process that may take ``limit`` seconds. ``full``: see ``probe``."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "row.json")
-        command = [sys.executable, "-m", "examples.bench.coverage", "--worker", name, str(file)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            reason = f"no: the process ended with {done.returncode}: {last}"
-        except subprocess.TimeoutExpired:
+        process = server.Process(target=work, args=(name, file, full))
+        process.start()
+        process.join(limit)
+        reason = f"no: the process ended with {process.exitcode}"
+        if process.is_alive():
             reason = f"no: not done after {limit:.0f} s"
+            process.kill()
+            process.join()
         row = Row(**json.loads(file.read_text())) if file.exists() else Row(name)
     lost: dict[str, Any] = {c: reason for c in COLUMNS if getattr(row, c) == PENDING}
     return replace(row, **lost)
 
 
-def work(name: str, file: Path) -> None:
+def work(name: str, file: Path, full: bool) -> None:
     """Write the row of a denoiser to ``file``, after each question anew."""
     import torch
 
@@ -60,7 +68,7 @@ def work(name: str, file: Path) -> None:
         partial.write_text(json.dumps(asdict(row)))
         partial.replace(file)
 
-    probe(name, write)
+    probe(name, write, full=full)
 
 
 def read(file: Path = CSV) -> dict[str, Row]:
@@ -88,12 +96,14 @@ def write(rows: Iterable[Row], file: Path = CSV) -> None:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The counts of each column, a line for each denoiser, and why what fails fails."""
+    """The counts of each column; folded, a line for each denoiser and why what fails fails."""
     counts = ", ".join(f"{column} {sum(r.passed(column) for r in rows)}" for column in COLUMNS)
     ratios = [r.seconds / r.bare for r in rows if r.seconds and r.bare]
     lines = [
-        f"Of {len(rows)} denoisers: {counts}; all five: {sum(r.green for r in rows)}. Capture, analysis and all",
-        f"exact passes take {statistics.median(ratios):.1f} times (median) what export and decomposition alone take.",
+        f"**Of {len(rows)}: {counts}; all five {sum(r.green for r in rows)}.** Capture, analysis and all exact passes",
+        f"together take {statistics.median(ratios):.1f} times what export and decomposition alone take (median).",
+        "",
+        f"<details><summary>The {len(rows)} denoisers</summary>",
         "",
         "| denoiser | captured | blocks | bodies | weights that leave the loop | exact | cached | ONNX |",
         "|---|---|---|---|---|---|---|---|",
@@ -102,7 +112,7 @@ def markdown(rows: Sequence[Row]) -> str:
     failing = [f"* {r.name}: {shorten('; '.join(r.reasons()), 240, placeholder=' ...')}" for r in rows if not r.green]
     if failing:
         lines += ["", "What fails, and why:", "", *failing]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "</details>"])
 
 
 def _line(row: Row) -> str:
@@ -140,11 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--out", type=Path, default=CSV, metavar="FILE", help="the table to write (default: %(default)s)"
     )
     parser.add_argument("--limit", type=float, default=300.0, metavar="SECONDS", help="time of one denoiser")
+    parser.add_argument("--quick", action="store_true", help="leave ONNX and the bare export as they are in the table")
     parser.add_argument("--readme", action="store_true", help="print the table for README.md and measure nothing")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.worker:
-        return work(options.worker[0], Path(options.worker[1]))
     if options.readme:
         return print(f"{BEGIN}\n{markdown(list(read(options.out).values()))}\n{END}")
     try:
@@ -152,8 +160,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     for name in (bar := tqdm(names, unit="model")):
-        row = measure(name, options.limit)
-        write([*(read(options.out) | {name: row}).values()], options.out)
+        row, table = measure(name, options.limit, not options.quick), read(options.out)
+        if options.quick:
+            before = table.get(name, Row(name))
+            row = replace(row, onnx=before.onnx, bare=before.bare)
+        write([*(table | {name: row}).values()], options.out)
         bar.write(f"{name}: {'; '.join(row.reasons()) or 'all five'}", file=sys.stderr)
 
 

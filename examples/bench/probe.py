@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 import ditopt
+from ditopt._torch import pytree
 from ditopt.errors import CaptureError, DitoptWarning
 from ditopt.explanation import NEVER, binding_shares
 from ditopt.optimized import OptimizedModule

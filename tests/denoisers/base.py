@@ -86,7 +86,7 @@ def _redraw(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         centre = 0.0 if "bias" in name else 1.0
         parameter.normal_(centre, 0.15)
         return
-    weighs = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+    weighs = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
     fan_in = parameter[0].numel() if weighs else parameter.shape[-1]
     parameter.normal_(0.0, fan_in**-0.5)
 
