@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ditopt.zoo.sprites import assemble
 from ditopt.zoo.sprites.captions import HEADS, SLOTS, VOCABULARY, labels, tokens
 from ditopt.zoo.sprites.classifier import ClipClassifier
-from ditopt.zoo.sprites.pipeline import SCALE, SHIFT
+from ditopt.zoo.sprites.pipeline import SCALE, SHIFT, located
 from ditopt.zoo.words import WordTable
 from examples import judging, sprites
 from examples.training import TrainingAttention, fit, sigmas
@@ -34,7 +34,7 @@ CONFIG: dict[str, Any] = {
         "patch_size": [1, 4, 4],
         "num_attention_heads": 3,
         "attention_head_dim": 48,
-        "in_channels": 3,
+        "in_channels": 6,
         "out_channels": 3,
         "text_dim": WIDTH,
         "freq_dim": 128,
@@ -67,7 +67,9 @@ class Model(nn.Module):
 
     def forward(self, latents: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
         text = self.text_encoder(ids)
-        return self.transformer(latents, timestep=sigma * 1000, encoder_hidden_states=text, return_dict=False)[0]
+        return self.transformer(located(latents), timestep=sigma * 1000, encoder_hidden_states=text, return_dict=False)[
+            0
+        ]
 
 
 def train(minutes: float, size: int, steps: int, checkpoint: Path) -> None:
@@ -105,7 +107,7 @@ SUBJECT = judging.Subject(
 
 
 def main() -> None:
-    args = judging.arguments(__doc__, "sprites", steps=7_000, batch=8, count=64)
+    args = judging.arguments(__doc__, "sprites", steps=6_000, batch=8, count=64)
     if args.evaluate or args.ship:
         judging.judge_checkpoint(SUBJECT, args)
     else:

@@ -18,10 +18,22 @@ SHIFT, SCALE = 0.25, 4.0
 """Latents are (video - SHIFT) * SCALE: about unit variance, as the noise has."""
 
 
+def located(latents: Tensor) -> Tensor:
+    """Latents (N, 3, F, H, W) with their places beside them, (N, 6, F, H, W): frame, row and column from -1 to 1.
+
+    The rotary positions of the denoiser tell how far apart two tokens are; where in the picture "the top" is, and
+    which frame is the first, they do not.
+    """
+    axes = [torch.linspace(-1, 1, n, dtype=latents.dtype, device=latents.device) for n in latents.shape[2:]]
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    return torch.cat([latents, places.expand(len(latents), -1, -1, -1, -1)], 1)
+
+
 class CaptionToVideoPipeline(DiffusionPipeline):
     """Flow matching conditioned on captions of moving sprites, with classifier-free guidance by a doubled batch.
 
-    The denoiser predicts the velocity ``noise - latent`` at ``timestep = 1000 * sigma``; a caption of "nothing" words
+    The denoiser reads latents and their places (``located``) and predicts the velocity ``noise - latent`` at
+    ``timestep = 1000 * sigma``; a caption of "nothing" words
     stands for no caption. Videos come back in [0, 1].
     """
 
@@ -63,7 +75,7 @@ class CaptionToVideoPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         with self.progress_bar(total=num_inference_steps) as bar:
             for i, t in enumerate(self.scheduler.timesteps):
-                rows = torch.cat([latents, latents]) if guided else latents
+                rows = located(torch.cat([latents, latents]) if guided else latents)
                 velocity = self.transformer(
                     rows, timestep=t.expand(len(rows)), encoder_hidden_states=text, return_dict=False
                 )[0]
