@@ -14,7 +14,7 @@ from ditopt.capture import flex, where
 from ditopt.capture.aside import forgetful, quiet
 from ditopt.capture.check import check
 from ditopt.capture.flat import Flat, Packing, shared_copy
-from ditopt.capture.graph import Untraceable, to_program
+from ditopt.capture.graph import Untraceable, refuse_symbols, to_program
 from ditopt.capture.guard import Guard, split
 from ditopt.capture.replay import Lost, Recorder, Replayer
 from ditopt.capture.spec import CallSpec
@@ -56,7 +56,11 @@ class _Job:
         lowered. Untraceable where tracing stops."""
         try:
             with quiet(), forgetful(), torch.no_grad():
-                exported = torch.export.export(flat, _distinct(self.tensors), strict=False).run_decompositions({})
+                exported = torch.export.export(flat, _distinct(self.tensors), strict=False)
+                refuse_symbols(self.name, exported.graph)
+                exported = exported.run_decompositions({})
+        except Untraceable:
+            raise
         except Exception as error:
             raise Untraceable(_stopped(self.name, error)) from error
         if flat.packing.changed:

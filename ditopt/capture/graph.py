@@ -103,24 +103,33 @@ def _formals(
     return placeholders, params
 
 
-def _operators(model: nn.Module, graph: fx.Graph) -> Iterator[fx.Node]:
-    """The operators of a graph, without assertions; Untraceable where there is anything else, or a type that depends on
-    values."""
+def refuse_symbols(name: str, graph: fx.Graph) -> None:
+    """Untraceable, with the line of the model (a ``name``), where a size or a number depends on values of tensors."""
     for node in graph.nodes:
-        if node.op in ("placeholder", "output") or str(node.target).startswith("aten._assert"):
-            continue
-        name, line = type(model).__name__, where.of_trace(node.meta.get("stack_trace") or "")
         value = node.meta.get("val")
         sizes = value.shape if isinstance(value, Tensor) else (value,)
         if any(isinstance(s, (torch.SymInt, torch.SymFloat, torch.SymBool)) for s in sizes):
             raise Untraceable(
-                f"{name} cannot be traced{line}: a size depends on the values of a tensor. Compute it outside forward "
-                "and pass it in."
+                f"{name} cannot be traced{_line(node)}: a size depends on the values of a tensor. Compute it outside "
+                "forward and pass it in."
             )
-        if isinstance(node.target, OpOverload) or getattr(node.target, "__name__", "") == "getitem":
-            yield node
-        else:
-            raise Untraceable(f"{name} uses {node.target}{line}, a higher-order operator that ditopt cannot rewrite")
+
+
+def _operators(model: nn.Module, graph: fx.Graph) -> Iterator[fx.Node]:
+    """The operators of a graph, without assertions; Untraceable where there is anything else."""
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output") or str(node.target).startswith("aten._assert"):
+            continue
+        if not isinstance(node.target, OpOverload) and getattr(node.target, "__name__", "") != "getitem":
+            raise Untraceable(
+                f"{type(model).__name__} uses {node.target}{_line(node)}, a higher-order operator that ditopt cannot "
+                "rewrite"
+            )
+        yield node
+
+
+def _line(node: fx.Node) -> str:
+    return where.of_trace(node.meta.get("stack_trace") or "")
 
 
 def _mutation(model: nn.Module, item: Any, spec: CallSpec) -> str:

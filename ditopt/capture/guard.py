@@ -45,7 +45,7 @@ class Guard:
     def broken(self, args: Sequence[Tensor]) -> str:
         """Where in the model the first value is read that is another for these ``arguments``, or ""."""
         with torch.no_grad():
-            now = self.graph(*args)
+            now = self.graph(*(a.contiguous() for a in args))  # a view in the graph may need it
         changed = (r for r, v in zip(self.reads, now, strict=True) if not torch.equal(v.to(r.value.device), r.value))
         return next((r.line for r in changed), "")
 

@@ -91,11 +91,11 @@ class _Reads(TorchFunctionMode):
             found = found // size
         return tuple(reversed(out))
 
-    def index(self, index: Any) -> Any:
-        """An index whose masks are vectors of integers and whose slices have Python bounds."""
+    def index(self, index: Any, masks: bool = True) -> Any:
+        """An index whose masks are vectors of integers (where ``masks``) and whose slices have Python bounds."""
         out: list[Any] = []
         for one in index if isinstance(index, tuple) else (index,):
-            if isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) and one.ndim:
+            if masks and isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) and one.ndim:
                 out.extend(self.nonzero(one))
             elif isinstance(one, slice):
                 out.append(slice(*(self._size(v) for v in (one.start, one.stop, one.step))))
@@ -125,8 +125,10 @@ def _masked_select(reads: _Reads, tensor: Tensor, mask: Tensor) -> Any:
 def _repeat_interleave(reads: _Reads, tensor: Tensor, repeats: Any = None, *args: Any, **named: Any) -> Any:
     if not isinstance(repeats, Tensor) or named.get("output_size") is not None:
         return NotImplemented
-    size = reads.read(repeats.sum() if repeats.numel() > 1 else repeats.sum() * tensor.numel(), _READERS[Tensor.item])
-    return torch.repeat_interleave(tensor, repeats, *args, **{**named, "output_size": size})
+    count = reads.read(repeats.sum(), _READERS[Tensor.item])
+    if repeats.numel() == 1:
+        return torch.repeat_interleave(tensor, count, *args, **named)
+    return torch.repeat_interleave(tensor, repeats, *args, **{**named, "output_size": count})
 
 
 def _getitem(reads: _Reads, tensor: Tensor, index: Any) -> Any:
@@ -134,7 +136,8 @@ def _getitem(reads: _Reads, tensor: Tensor, index: Any) -> Any:
 
 
 def _setitem(reads: _Reads, tensor: Tensor, index: Any, value: Any) -> Any:
-    tensor[reads.index(index)] = value
+    one_value = not isinstance(value, Tensor) or value.ndim == 0  # then how many places a mask has does not matter
+    tensor[reads.index(index, masks=not one_value)] = value
 
 
 def _equal(reads: _Reads, a: Tensor, b: Tensor) -> Any:

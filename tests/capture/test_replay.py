@@ -128,6 +128,20 @@ class Repeat(Looks):
         return torch.repeat_interleave(text[0], mask[:, :5].sum(0), dim=0).cumsum(0).sum(0)
 
 
+class RepeatAll(Looks):
+    def look(self, x, t, text, mask):
+        return torch.repeat_interleave(text, mask.sum(), dim=1).cumsum(1).mean(1)
+
+
+class Assigned(Looks):
+    def look(self, x, t, text, mask):
+        out = torch.zeros_like(text)
+        out[mask] = text[mask].cumsum(0)
+        out[:, : mask[0].sum()] += 1
+        out[x.mean() > text] = 0.5  # a mask of the latent, and no size that depends on it
+        return out.sum(1)
+
+
 class Written(Looks):
     """The tensor that was read is written to afterwards."""
 
@@ -139,7 +153,7 @@ class Written(Looks):
 
 READERS = [
     Item, Int, Lengths, Nested, Numpy, Bool, Equal, Contains, Loop, Slice, Arange, Masked, MaskedRow, Nonzero, Where,
-    Select, Repeat, Written,
+    Select, Repeat, RepeatAll, Assigned, Written,
 ]  # fmt: skip
 
 
@@ -178,6 +192,15 @@ def test_values_of_the_prompt_are_replayed_under_a_guard(cls):
         except (RuntimeError, IndexError):
             return
         assert not torch.allclose(got, model(**other))
+
+
+def test_a_guard_takes_any_layout():
+    guard = take(make(Masked), **inputs()).guard
+    assert guard is not None
+    for lengths, holds in (((3, 2), True), ((2, 2), False)):
+        mask = inputs(lengths=lengths)["mask"].t().contiguous().t()
+        assert not mask.is_contiguous()
+        assert (guard.broken([mask]) == "") == holds
 
 
 def test_what_happened_is_noted():
