@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=CSV, metavar="FILE", help="the table to write (default: %(default)s)"
     )
-    parser.add_argument("--limit", type=float, default=300.0, metavar="SECONDS", help="time of one denoiser")
+    parser.add_argument("--limit", type=float, default=900.0, metavar="SECONDS", help="time of one denoiser")
     parser.add_argument("--quick", action="store_true", help="leave ONNX and the bare export as they are in the table")
     parser.add_argument("--readme", action="store_true", help="print the table for README.md and measure nothing")
     options = parser.parse_args(arguments)

@@ -26,7 +26,7 @@ from tests.denoisers import REGISTRY, Denoiser
 
 STEPS = 6
 YES = "yes"
-PENDING = "no: not reached"
+PENDING = "no: not measured"
 
 Outputs = list[list[Tensor]]
 """The tensors of each step."""
