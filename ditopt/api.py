@@ -20,6 +20,7 @@ from ditopt.offload import loaded
 from ditopt.optimized import OptimizedModule
 from ditopt.pipeline import Context, PassManager
 from ditopt.recipe import Recipe
+from ditopt.release import Release
 from ditopt.target import resolve
 
 Examples = Mapping[str, Any] | Sequence[Any]
@@ -33,6 +34,7 @@ def optimize(
     steps: int | None = None,
     target: str = "auto",
     roles: Mapping[str, Role] | None = None,
+    release: Release = "keep",
 ) -> Any:
     """A faster drop-in for a denoiser, or a diffusers pipeline with its denoiser replaced.
 
@@ -43,19 +45,24 @@ def optimize(
     steps: denoising steps of a request, for recipes that schedule by them; a pipeline knows its own.
     target: "auto" (Inductor where it can run, else eager), "eager", "inductor" or "onnxruntime".
     roles: what inputs are to the loop, by name ("latent", "timestep", "prompt", "shape"), where the names mislead.
+    release: "keep", or what happens to weights that left the loop: "offload" puts them away (on the host, for a model
+        on the CPU into a memory-mapped file) and brings them in to fill tables; "free" gives up for good those whose
+        table no request changes. With either the original cannot run until ``restore``, and says so.
 
-    The model is not modified. Raises RecipeError, CaptureError or BadInput; after any error the model is as it was.
+    The model is otherwise not modified. Raises RecipeError, CaptureError or BadInput; after an error it is as it was.
     """
     if isinstance(model, OptimizedModule):
         raise BadInput("this model is optimized already; ditopt.restore(model) gives the original to start from")
     if _is_pipeline(model):
         from ditopt.diffusers import optimize_pipeline
 
-        return optimize_pipeline(model, recipe, example_inputs=example_inputs, steps=steps, target=target, roles=roles)
+        return optimize_pipeline(
+            model, recipe, example_inputs=example_inputs, steps=steps, target=target, roles=roles, release=release
+        )
     if not isinstance(model, nn.Module):
         raise BadInput(f"a {type(model).__name__} was given; ditopt optimizes an nn.Module or a diffusers pipeline")
     with loaded(model):
-        engine = Engine(model, recipe, target, steps, roles)
+        engine = Engine(model, recipe, target, steps, roles, release=release)
         if example_inputs is not None:
             args, kwargs = arguments_of(example_inputs)
             engine.prepare(*bind(model, args, kwargs))
@@ -65,6 +72,7 @@ def optimize(
 def restore(optimized: Any) -> Any:
     """The original model of an optimized one; a pipeline gets its denoiser and its scheduler's own methods back."""
     if isinstance(optimized, OptimizedModule):
+        optimized.engine.shelves.restore()
         return optimized.original
     if _is_pipeline(optimized):
         from ditopt.diffusers import restore_pipeline

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,17 @@ VERSION = 1
 
 Executable = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Runs one step graph or memo function: tensors in the order of ``inputs`` -> results, then the graph's new state."""
+
+
+@runtime_checkable
+class Tabular(Protocol):
+    """An Executable that fills many rows of a table in one go."""
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """One row."""
+
+    def table(self, rows: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
+        """What calling each of ``rows`` would give."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +93,8 @@ class Manifest:
 @dataclass(frozen=True)
 class Plan:
     """A manifest with its executables: what a Session runs. ``params()`` gives the current weights by name (they may be
-    empty where graphs carry their own). ``stale()`` is asked once a request: whether weights that the graphs carry have
-    changed since in the model they were copied from."""
+    empty where graphs carry their own). ``stale()`` is asked once a request, after the weights that memos read were
+    looked at: whether weights that the graphs carry have changed since in the model they were copied from."""
 
     manifest: Manifest
     run: Mapping[str, Executable]

@@ -22,6 +22,7 @@ from ditopt.ir.program import Role
 from ditopt.offload import foreign_hooks, loaded, move_hook
 from ditopt.optimized import OptimizedModule
 from ditopt.recipe import Recipe
+from ditopt.release import Release
 from ditopt.roles import is_time
 from ditopt.runtime.session import Session
 
@@ -37,6 +38,7 @@ def optimize_pipeline(
     steps: int | None = None,
     target: str = "auto",
     roles: Mapping[str, Role] | None = None,
+    release: Release = "keep",
 ) -> Any:
     """Replace every denoiser of ``pipe`` by its optimized form and hook the scheduler; returns ``pipe``.
 
@@ -48,7 +50,7 @@ def optimize_pipeline(
     for name, model in found.items():
         _refuse_hooks(name, model)
         with loaded(model):
-            engine = engines[id(model)] = Engine(model, recipe, target, steps, roles)
+            engine = engines[id(model)] = Engine(model, recipe, target, steps, roles, release=release)
             if example_inputs is not None and type(model) is type(next(iter(found.values()))):
                 engine.prepare(*bind(model, *arguments_of(example_inputs)))
     link = _Link(pipe)
@@ -64,6 +66,8 @@ def optimize_pipeline(
             move_hook(modules[id(model)], model)
         for name, model in found.items():
             _put(pipe, name, model)
+        for engine in engines.values():
+            engine.shelves.restore()
         link.close()
         raise
     return pipe
@@ -83,6 +87,7 @@ def restore_pipeline(pipe: Any) -> Any:
                 move_hook(module, module.original)
             if link is not None and link.pipe() in (None, pipe):
                 links[id(link)] = link
+            module.engine.shelves.restore()
             _put(pipe, name, module.original)
     for link in links.values():
         link.close()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditopt.artifact import Executable, Manifest, Plan
+from ditopt.artifact import Manifest, Plan
 from ditopt.capture import CallSpec, Captured, bind, capture
 from ditopt.codegen.build import build, export
 from ditopt.errors import BadInput, DitoptWarning, SessionError, StaleWeights
@@ -28,6 +28,8 @@ from ditopt.ir.cost import step_flops
 from ditopt.ir.program import Program, Role
 from ditopt.pipeline import Context, PassManager, PassResult
 from ditopt.recipe import Recipe
+from ditopt.release import Release, Shelves
+from ditopt.release import check as check_release
 from ditopt.runtime.load import load_onnx
 from ditopt.runtime.memo import fingerprint
 from ditopt.runtime.policy import table
@@ -65,6 +67,7 @@ class Engine:
         steps: int | None = None,
         roles: Mapping[str, Role] | None = None,
         weights: Collection[str] = (),
+        release: Release = "keep",
     ) -> None:
         if steps is not None and (type(steps) is not int or steps < 1):
             raise BadInput(f"steps={steps!r} given; expected the number of denoising steps, 1 or more, or None")
@@ -77,6 +80,8 @@ class Engine:
         self.weights = frozenset(weights)
         self.session = Session()
         self.target = resolve(target, _place(model)[1])
+        check_release(release, self.target)
+        self.shelves = Shelves(model, release)
         self.compiled: OrderedDict[int, Compiled] = OrderedDict()  # the least recently used first
         self._count = 0
         self._given: dict[str, Tensor] = {}
@@ -112,13 +117,28 @@ class Engine:
                 self.compiled.move_to_end(number)
                 return self.compiled[number]
         notice(spec, [c.captured.spec for c in self.compiled.values()], broken)
+        self.shelves.restore()  # the model runs while it is captured
         found = self._compile(capture(self.model, spec, tensors, self.roles, self.weights))
         self._captured = self._captured or _Snapshot(self.model)
         if len(self.compiled) >= SIGNATURES:
             self._drop(next(iter(self.compiled)))
         self._count += 1
         self.compiled[self._count] = found
+        self._release(found)
         return found
+
+    def _release(self, new: Compiled) -> None:
+        """Put away the weights that no compiled step reads."""
+        if self.shelves.mode == "keep":
+            return
+        manifests = [c.plan.manifest for c in self.compiled.values()]
+        if not self.shelves.put(manifests, new.plan.params()):
+            warnings.warn(
+                f"release={self.shelves.mode!r} has no effect: no weight left the loop under recipe "
+                f"{str(self.recipe)!r}",
+                DitoptWarning,
+                stacklevel=4,
+            )
 
     def _drop(self, number: int) -> None:
         self.session.forget(self.compiled.pop(number).plan)
@@ -130,6 +150,7 @@ class Engine:
 
     def refresh(self) -> None:
         """Forget every signature, memo and state: the next call captures the model again."""
+        self.shelves.restore()
         self.session.reset()
         self.session.forget()
         self.compiled.clear()
@@ -142,7 +163,10 @@ class Engine:
         if self.target == "onnxruntime":
             return self._exported(captured, history, program, more)
         manifest, run = build(program, self.target, **more)
-        return Compiled(captured, history, self._plan(manifest, run, program), self._valid(captured))
+        if self.shelves.mode != "keep":
+            run = {**run, **self.shelves.executables(program, manifest, self.session.unwatch)}
+        plan = Plan(manifest, run, self._weights_of(program.params), stale=self.shelves.settle)
+        return Compiled(captured, history, plan, self._valid(captured))
 
     def _exported(
         self, captured: Captured, history: tuple[PassResult, ...], program: Program, more: dict[str, Any]
@@ -162,9 +186,6 @@ class Engine:
         made = Compiled(captured, history, plan, self._valid(captured))
         weakref.finalize(made, shutil.rmtree, folder, ignore_errors=True)
         return made
-
-    def _plan(self, manifest: Manifest, run: Mapping[str, Executable], program: Program) -> Plan:
-        return Plan(manifest, run, self._weights_of(program.params))
 
     def _valid(self, captured: Captured) -> Valid:
         return Valid(captured.guard, self._weights_of(captured.guard.params if captured.guard else {}))

@@ -17,6 +17,7 @@ from ditopt.errors import BadInput, DitoptWarning
 from ditopt.ir.program import Program
 from ditopt.offload import loaded
 from ditopt.pipeline import PassResult
+from ditopt.release import Shelves
 from ditopt.runtime.account import Row, Stats
 from ditopt.runtime.session import Session
 
@@ -142,6 +143,11 @@ class OptimizedModule(nn.Module):
     def schedule_rows(self) -> list[Row]:
         """What ran in the running, else in the last request."""
         return self.engine.session.schedule_rows
+
+    @property
+    def release(self) -> Shelves:
+        """The weights that left memory: how many bytes, how often they came in, how long that took (printable)."""
+        return self.engine.shelves
 
     def report(self, path: str | Path) -> Path:
         """Write a self-contained HTML page of passes, schedule, costs and refusals; its path."""

@@ -1,9 +1,10 @@
 """Move out of the loop what does not depend on the latent.
 
-What depends on the prompt or the shape alone is computed once a request; what depends on the timestep too becomes a
-table with one row a step. Both are memos (``Program.memos``): functions whose values the step reads and does not
-recompute. Exact, and bit-equal in eager: a memo runs the same operators on the same rows as the step did, so filling it
-changes no rounding (a table built for all timesteps in one matrix product would).
+What depends on the weights alone is computed once, what depends on the prompt or the shape once a request. What depends
+on the timestep becomes a table with one row a step: one that every request shares, for what depends on nothing else,
+and one for what depends on the prompt too. All are memos (``Program.memos``): functions whose values the step reads and
+does not recompute. Exact, and bit-equal in eager: a memo runs the same operators on the same rows as the step did, so
+filling it changes no rounding (a table built for all timesteps in one matrix product would).
 
 In DiTs with adaptive layer norm a third of the weights is used by such values only, and leaves the loop with them.
 """
@@ -25,7 +26,7 @@ from ditopt.ir.program import Formal, Function, Memo, Program, formal
 from ditopt.ir.structure import trace
 from ditopt.pipeline import Context, Outcome, Pass
 
-REQUEST, SCHEDULE = "request", "schedule"
+CONSTANT, REQUEST, TIMESTEP, SCHEDULE = MEMOS = "constant", "request", "timestep", "schedule"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class HoistInvariants(Pass):
     after = ("outline_blocks",)
 
     def run(self, program: Program, context: Context) -> Outcome:
-        if any(m.name in (REQUEST, SCHEDULE) for m in program.memos):
+        if any(m.name in MEMOS for m in program.memos):
             return Outcome(program, 0, ("what does not depend on the latent has left the loop already",))
         if program.decisions:
             return Outcome(program, 0, ("the program holds caches already; hoist before caching",))
@@ -46,24 +47,31 @@ class HoistInvariants(Pass):
         nodes = [n for n in trace(flat.step) if not binding[n] & Binding.LATENT and not _random(n)]
         if not any(is_matmul(n) or is_attention(n) for n in nodes):
             return Outcome(program, 0, ("no matrix product is free of the latent: hoisting would save nothing",))
-        request = [n for n in nodes if not binding[n] & Binding.TIMESTEP]
-        schedule = [n for n in nodes if binding[n] & Binding.TIMESTEP]
+        inputs = _inputs_of(flat.step)
+        times = {i.name for i in flat.inputs if i.role == "timestep"}
+        groups: dict[str, list[fx.Node]] = {name: [] for name in MEMOS}
+        for n in nodes:
+            timed = bool(binding[n] & Binding.TIMESTEP)
+            alone = inputs[n] <= times if timed else not inputs[n]
+            groups[(TIMESTEP if alone else SCHEDULE) if timed else (CONSTANT if alone else REQUEST)].append(n)
         moved, everything = set(nodes), flat.params
         memos: list[Memo] = []
         functions = dict(flat.functions)
         known: dict[fx.Node, str] = {}
-        for name, part, lifetime in ((REQUEST, request, "request"), (SCHEDULE, schedule, "schedule")):
+        for name, part in groups.items():
             inside = set(part)
             values = [
                 n for n in part if isinstance(n.meta["val"], torch.Tensor) and any(u not in inside for u in n.users)
             ]
             if not values:
                 continue
-            function, keys = _memo_function(f"memo_{name}", part, values, known)
+            function = _memo_function(f"memo_{name}", values, known)
             functions[function.name] = function
             known |= {n: f"{name}.{k}" for k, n in enumerate(values)}
+            keys = set().union(*(inputs[n] for n in values))
             keys |= {k for m in memos for k in m.keys if _reads(function, m)}  # what it reads changes with these
             ordered = tuple(i.name for i in flat.inputs if i.name in keys)
+            lifetime = "schedule" if name in (TIMESTEP, SCHEDULE) else "request"
             memos.append(Memo(name, function.name, ordered, tuple(known[n] for n in values), lifetime))  # type: ignore[arg-type]
         with Editor(flat.step, self.name) as e:
             for node, value in known.items():
@@ -90,10 +98,19 @@ def _random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-def _memo_function(
-    name: str, nodes: Sequence[fx.Node], values: Sequence[fx.Node], known: dict[fx.Node, str]
-) -> tuple[Function, set[str]]:
-    """A function that returns ``values``, reading earlier memo values where it can; and the names of its inputs."""
+def _inputs_of(function: Function) -> dict[fx.Node, frozenset[str]]:
+    """For each node, the names of the model's inputs that it is computed from."""
+    found: dict[fx.Node, frozenset[str]] = {}
+    for node in function.graph.nodes:
+        if node.op == "placeholder":
+            found[node] = frozenset({formal(node).ref} if formal(node).kind == "input" else ())
+        else:
+            found[node] = frozenset().union(*(found[a] for a in node.all_input_nodes))
+    return found
+
+
+def _memo_function(name: str, values: Sequence[fx.Node], known: Mapping[fx.Node, str]) -> Function:
+    """A function that returns ``values``, reading earlier memo values where it can."""
     graph = fx.Graph()
     local: dict[fx.Node, fx.Node] = {}
     needed: set[fx.Node] = set()
@@ -115,7 +132,7 @@ def _memo_function(
             local[node] = graph.node_copy(node, local.__getitem__)
             local[node].meta["region"] = ""
     graph.output(tuple(local[v] for v in values))
-    return Function(name, graph), {formal(n).ref for n in order if n.op == "placeholder" and formal(n).kind == "input"}
+    return Function(name, graph)
 
 
 def _reads(function: Function, memo: Memo) -> bool:

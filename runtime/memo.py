@@ -8,7 +8,7 @@ Entries are functions of these and of the weights alone, so they stay right what
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class Memos:
 
     def _clear(self) -> None:
         self._groups = {m.name: Known(PROMPTS) for m in self.memos}
-        self._entries: dict[str, OrderedDict[tuple[int, bytes], list[Tensor]]] = {
+        self._entries: dict[str, OrderedDict[tuple[int | None, bytes], list[Tensor]]] = {
             m.name: OrderedDict() for m in self.memos
         }
 
@@ -100,31 +100,54 @@ class Memos:
             return lost > 0
         return False
 
-    def get(
-        self, memo: Memo, inputs: Mapping[str, Tensor], clock: Mapping[str, bytes], fill: Callable[[], Sequence[Tensor]]
-    ) -> tuple[list[Tensor], bool]:
-        """The values of ``memo`` and whether they were computed now.
-
-        ``inputs``: the model's inputs by name; ``clock``: the bits of each timestep input; ``fill`` runs the function.
-        """
-        keyed = [inputs[k] for k in memo.keys if self._roles[k] != "timestep"]
-        time = b"".join(clock[k] for k in memo.keys if self._roles[k] == "timestep")
+    def find(
+        self, memo: Memo, inputs: Mapping[str, Tensor], clock: Mapping[str, bytes]
+    ) -> tuple[list[Tensor] | None, int | None]:
+        """The values of ``memo`` for the model's ``inputs`` by name and the bits of each timestep input (None where
+        they have to be computed), and the number of what these inputs are known by besides their timestep."""
         known, entries = self._groups[memo.name], self._entries[memo.name]
         before = known.reads
-        group = known.find(keyed)
+        group = known.find([inputs[k] for k in memo.keys if self._roles[k] != "timestep"])
         self.reads += known.reads - before
-        if group is not None and (group, time) in entries:
-            entries.move_to_end((group, time))
-            self.hits += 1
-            return entries[group, time], False
+        key = group, self._time(memo, clock)
+        if key not in entries:
+            return None, group
+        entries.move_to_end(key)
+        self.hits += 1
+        return entries[key], group
+
+    def add(
+        self,
+        memo: Memo,
+        inputs: Mapping[str, Tensor],
+        group: int | None,
+        rows: Sequence[tuple[Mapping[str, bytes], Sequence[Tensor]]],
+    ) -> tuple[list[Tensor], int]:
+        """Remember (clock, values) of each of ``rows``, whose other inputs ``find`` gave ``group`` for; returns the
+        values of the first row as they are kept, and the group."""
+        known, entries = self._groups[memo.name], self._entries[memo.name]
         # A value that shares memory with an input would change when the caller reuses that memory.
-        values = own(fill(), storages(inputs.values()))
+        kept = [own(values, storages(inputs.values())) for _, values in rows]
         if group is None:
-            group = known.add(keyed)
+            group = known.add([inputs[k] for k in memo.keys if self._roles[k] != "timestep"])
             for key in [k for k in entries if k[0] not in known]:
                 del entries[key]
-        entries[group, time] = values
-        self.fills += 1
+        entries.update(
+            {(group, self._time(memo, clock)): values for (clock, _), values in zip(rows, kept, strict=True)}
+        )
+        self.fills += len(rows)
         while len(entries) > ENTRIES:
             entries.popitem(last=False)
-        return values, True
+        return kept[0], group
+
+    def peek(self, memo: Memo, group: int | None, clock: Mapping[str, bytes]) -> list[Tensor] | None:
+        """The values of ``memo`` in a row of ``group``, without counting that they were asked for."""
+        return self._entries[memo.name].get((group, self._time(memo, clock)))
+
+    def unwatch(self, names: Collection[str]) -> None:
+        """These weights are gone; what was computed from them stays right."""
+        self._params -= set(names)
+        self._seen = None
+
+    def _time(self, memo: Memo, clock: Mapping[str, bytes]) -> bytes:
+        return b"".join(clock[k] for k in memo.keys if self._roles[k] == "timestep")

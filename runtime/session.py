@@ -7,7 +7,7 @@ runs, and the slots take their new values. Nothing of it stays if the call fails
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,9 @@ from ditopt.artifact import Plan, StepGraph
 from ditopt.errors import StaleWeights
 from ditopt.ir.program import Formal
 from ditopt.runtime.account import Ledger, Patience, Row, Stats
+from ditopt.runtime.ahead import clock_bits
 from ditopt.runtime.clock import BRANCHES, Clock, Kind, Tick
+from ditopt.runtime.hoisted import hoisted
 from ditopt.runtime.plan import Ready
 from ditopt.runtime.policy import REUSE, Anchor, choose, coefficients, fit
 from ditopt.runtime.same import own, storages
@@ -68,6 +70,7 @@ class Session:
         self._checked: set[int] = set()  # plans whose weights were compared in this request
         self._ledger = Ledger()
         self._patience = Patience()
+        self._announced: Sequence[float] | Tensor | None = None
 
     @property
     def schedule_rows(self) -> list[Row]:
@@ -119,15 +122,22 @@ class Session:
             self._branches = {k: b for k, b in self._branches.items() if k[0] != key}
             self._checked.discard(key)
 
+    def unwatch(self, names: Collection[str]) -> None:
+        """These weights are gone for good; what was computed from them stays."""
+        for ready in self._plans.values():
+            ready.memos.unwatch(names)
+
     def _begin(self, steps: int | None, timesteps: Sequence[float] | Tensor | None, kind: Kind) -> None:
         # A request that the next one interrupts was cancelled; of a guessed one nobody knows.
         before = self.clock.steps
         self._end(ended=self.clock.kind == "hook" and (before is None or self._ledger.top + 1 >= before))
         self.clock.begin(steps, timesteps, kind)
+        self._announced = timesteps
 
     def _end(self, ended: bool) -> None:
         called = self.clock.running == self._ledger.request
         self.clock.close()
+        self._announced = None
         self._free()
         if ended and called:
             self._ledger.warn()
@@ -181,10 +191,8 @@ class Session:
             if not needed and given[name].device.type != "cpu":
                 continue
             self.stats.reads += needed
-            host = given[name].detach().cpu().contiguous()
-            # one expanded number counts as contiguous whatever its stride is, and would not view as bytes
-            dense = host.as_strided((host.numel(),), (1,))
-            bits[name] = dense.view(torch.uint8).numpy().tobytes()
+            host = given[name].detach().cpu()
+            bits[name] = clock_bits(host)
             if time is None and host.numel():
                 time = float(host.double().max())
         return bits, time
@@ -266,34 +274,19 @@ class Session:
     def _memo_values(
         self, ready: Ready, given: Mapping[str, Tensor], bits: Mapping[str, bytes], params: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], list[StepGraph]]:
-        values: dict[str, Tensor] = {}
-        filled: list[StepGraph] = []
         memos = ready.memos
         before = memos.hits, memos.reads
         if id(ready.plan) not in self._checked:
-            if ready.plan.stale():
-                raise StaleWeights("weights changed after the model was compiled; optimize it again")
             if memos.begin(params):
                 self._event("weights", plan=ready.plan)
+            if ready.plan.stale():
+                raise StaleWeights("weights changed after the model was compiled; optimize it again")
             self._checked.add(id(ready.plan))
 
-        def argument(formal: Formal) -> Tensor:
-            if formal.kind == "memo":
-                return values[formal.ref]
-            return given[formal.ref] if formal.kind == "input" else ready.param(params, formal.ref)
-
-        for memo in memos.memos:
-            graph = ready.graphs[memo.function]
-
-            def fill(graph: StepGraph = graph) -> Sequence[Tensor]:
-                return ready.plan.run[graph.name]([argument(f) for f in graph.inputs])[: graph.results]
-
-            found, new = memos.get(memo, given, bits, fill)
-            values.update(zip(memo.values, found, strict=True))
-            values.update({f"{memo.name}.{k}": v for k, v in enumerate(found)})
-            if new:
-                filled.append(graph)
-                self._event("memo", name=memo.name)
+        values, ran = hoisted(ready, given, bits, params, self._announced)
+        filled = [graph for _, graph in ran]
+        for name in dict.fromkeys(memo.name for memo, _ in ran):
+            self._event("memo", name=name)
         self.stats.memo_hits += memos.hits - before[0]
         self.stats.reads += memos.reads - before[1]
         self.stats.memo_fills += len(filled)
