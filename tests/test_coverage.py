@@ -122,7 +122,8 @@ def test_what_is_measured_can_be_chosen():
             coverage.chosen(only, part)
 
 
-def test_a_denoiser_that_takes_too_long_is_a_row():
+def test_a_denoiser_that_takes_too_long_is_a_row(monkeypatch):
+    monkeypatch.setattr(coverage, "PRELOAD", [])
     row = coverage.measure("dit", limit=0.2)
     assert not row.green
     assert row.captured == "no: not done after 0 s"
