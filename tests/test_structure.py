@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from ditopt import dynamo
 from ditopt.capture import bind as bind_call
 from ditopt.capture import capture
 from ditopt.ir import cost
@@ -23,7 +25,7 @@ from ditopt.ir.program import Formal, Program, Region, formal
 from ditopt.ir.structure import Module, find_modules, rejoined
 from ditopt.ir.verify import verify
 from ditopt.pipeline import PassManager
-from tests.tiny_models import ZOO, Plain, captured, noise, optimized
+from tests.tiny_models import ZOO, Joint, Plain, captured, noise, optimized
 
 aten = torch.ops.aten
 
@@ -115,6 +117,135 @@ def test_no_name_is_read(name):
     assert [dataclasses.replace(r, alias="") for r in want.regions] == list(found.regions)
     for f in want.functions:
         assert f == "step" or len(found.functions[f].graph.nodes) == len(want.functions[f].graph.nodes)
+
+
+class LongSkip(Plain):
+    """Half a U: the second half of the blocks reads the results of the first half again, by a layer of its own."""
+
+    def __init__(self, depth: int = 4) -> None:
+        super().__init__(depth=depth)
+        self.skips = nn.ModuleList(nn.Linear(2 * self.width, self.width) for _ in range(depth // 2))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        c = t[:, None].expand(-1, self.width) * 1e-3 + self.label(y)
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        kept: list[torch.Tensor] = []
+        for i, block in enumerate(self.blocks):
+            if i >= len(self.blocks) // 2:
+                x = self.skips[i - len(self.blocks) // 2](torch.cat([x, kept.pop(0)], -1))
+            x = block(x, c)
+            kept.append(x)
+        return self.head(x)
+
+
+class Alternating(Plain):
+    """Blocks that attend in space and in time by turns."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        c = t[:, None].expand(-1, self.width) * 1e-3 + self.label(y)
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        for i, block in enumerate(self.blocks):
+            x = block(x.transpose(0, 1), c[:1]).transpose(0, 1) if i % 2 else block(x, c)
+        return self.head(x)
+
+
+class Refined(nn.Module):
+    """A joint model whose text passes blocks of its own before it meets the latent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refiner = nn.ModuleList(nn.TransformerEncoderLayer(24, 2, 32, batch_first=True) for _ in range(2))
+        self.joint = Joint(depth=2)
+
+    def forward(self, latents: torch.Tensor, sigma: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        for layer in self.refiner:
+            prompt_embeds = layer(prompt_embeds)
+        return self.joint(latents, sigma, prompt_embeds)["sample"]
+
+
+class GlobalSkip(Plain):
+    """A model that predicts a difference to its input: an addition around all blocks is no module."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + super().forward(x, t, y)
+
+
+class Parallel(nn.Module):
+    """Attention and MLP side by side, added one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleList(nn.Linear(16, n) for n in (48, 16, 32)) for _ in range(3))
+        self.downs = nn.ModuleList(nn.Linear(32, 16) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = x + timestep[:, None, None]
+        for (qkv, out, up), down in zip(self.blocks, self.downs, strict=True):
+            h = F.layer_norm(x, (16,))
+            q, k, v = qkv(h).chunk(3, -1)
+            x = x + out(F.scaled_dot_product_attention(q, k, v)) + down(F.gelu(up(h)))
+        return x
+
+
+LATENTS = {"latents": torch.randn(2, 9, 8), "sigma": torch.rand(2) * 5, "prompt_embeds": torch.randn(2, 6, 24)}
+TOKENS = {"x": torch.randn(2, 5, 16), "timestep": torch.rand(2)}
+STRUCTURES = {  # how a model is built, its call, the class of each block of the main chain, its stages, other blocks
+    "long skip": (LongSkip, ZOO["plain"].inputs(), "AABB", [0, 0, 1, 1], 0),
+    "alternating": (lambda: Alternating(depth=6), ZOO["plain"].inputs(), "ABABAB", [0] * 6, 0),
+    "refined text": (Refined, LATENTS, "AB", [0, 1], 2),  # the last one drops the text
+    "global skip": (lambda: GlobalSkip(depth=3), ZOO["plain"].inputs(), "AAA", [0, 0, 0], 0),
+    "parallel": (Parallel, TOKENS, "AAA", [0, 0, 0], 0),
+}
+
+
+@functools.cache
+def structured(name: str) -> Program:
+    build, inputs, *_ = STRUCTURES[name]
+    model = noise(build())
+    spec, tensors = bind_call(model, (), inputs)
+    return capture(model, spec, tensors).program
+
+
+@pytest.mark.parametrize("name", list(STRUCTURES))
+def test_structures(name):
+    _, inputs, kinds, stages, others = STRUCTURES[name]
+    flat = structured(name)
+    program = PassManager("outline_blocks").run(flat)[-1].program
+    verify(program)
+    blocks = program.blocks()
+    bodies = list(dict.fromkeys(b.function for b in blocks))
+    assert "".join("AB"[bodies.index(b.function)] for b in blocks) == kinds
+    assert [b.stage for b in blocks] == stages
+    aside = [r for r in program.regions if r.role == "aux"]
+    assert [r.id for r in aside] == [f"aux0.{i}" for i in range(others)]
+    assert len({r.function for r in aside}) == bool(others)
+    assert all({"attn", "mlp"} <= set(roles(program, b.id)) for b in (*blocks, *aside))
+    assert torch.equal(run_program(program, inputs)[0][0], run_program(flat, inputs)[0][0])
+
+
+@pytest.mark.parametrize("name", list(STRUCTURES))
+def test_structures_are_found_without_names(name):
+    flat = structured(name)
+    want = PassManager("outline_blocks").run(flat)[-1].program
+    found = PassManager("outline_blocks").run(anonymous(flat))[-1].program
+    assert want.blocks()
+    assert [dataclasses.replace(r, alias="") for r in want.regions] == list(found.regions)
+
+
+@pytest.mark.parametrize("name", ["plain", "joint"])
+def test_the_flat_graph_of_dynamo_has_the_same_structure(name):
+    tiny = ZOO[name]
+    torch._dynamo.reset()
+    options = {"recipe": "outline_blocks", "target": "eager", "roles": dict(tiny.roles)}
+    compiled = torch.compile(tiny.model(), backend="ditopt", options=options)
+    with torch.no_grad():
+        compiled(**tiny.inputs())
+    last = dynamo.engines[-1].last
+    assert last is not None
+    found, want = last.history[-1].program, optimized(name, "outline_blocks")
+    assert [dataclasses.replace(r, alias="") for r in found.regions] == [
+        dataclasses.replace(r, alias="") for r in want.regions
+    ]
 
 
 def test_the_last_block_of_sd3_drops_the_text():

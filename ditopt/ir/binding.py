@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx
@@ -18,7 +19,7 @@ from ditopt.ir.program import Function, Program, call_args, callee, formal, is_c
 
 aten = torch.ops.aten
 
-METADATA_ONLY = {
+METADATA_ONLY: dict[Any, tuple[int, ...]] = {
     aten.zeros_like.default: (0,),
     aten.ones_like.default: (0,),
     aten.full_like.default: (0,),
