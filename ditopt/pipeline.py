@@ -58,13 +58,15 @@ class Pass:
     with defaults) are its options. No option is called like an attribute of this class (``name``, ``text`` ...).
 
     ``contract``: "exact", or "approximate" with a neutral setting. ``requires``: passes that must have run before; the
-    manager adds them where absent. ``after``: passes that run earlier where both are asked for.
+    manager adds them where absent. ``after``: passes that run earlier where both are asked for. ``legalizes``: targets
+    that cannot run what this pass removes; for these the manager runs it last, asked for or not.
     """
 
     name: ClassVar[str] = ""
     contract: ClassVar[Literal["exact", "approximate"]]
     requires: ClassVar[tuple[str, ...]] = ()
     after: ClassVar[tuple[str, ...]] = ()
+    legalizes: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -290,7 +292,10 @@ class PassManager:
     def plan(self, program: Program) -> list[tuple[Pass, bool]]:
         """The passes in the order in which they will run, each with whether the recipe asked for it."""
         todo = [(get(s.name).make(s.options), True) for s in self.recipe.steps]
-        return _in_order(_with_requirements(todo, {_name_of(text) for text in program.applied}))
+        ordered = _in_order(_with_requirements(todo, {_name_of(text) for text in program.applied}))
+        asked = {p.name for p, _ in ordered}
+        legal = [c for n, c in discover().items() if self.context.target in c.legalizes and n not in asked]
+        return [*ordered, *((c.make({}), False) for c in legal)]
 
     def run(self, program: Program) -> list[PassResult]:
         """One result a pass, in order; the last one holds the final Program (an empty recipe gives none)."""
@@ -304,6 +309,8 @@ class PassManager:
         earlier: list[str] = []
         for pass_, asked in self.plan(program):
             result = self._one(pass_, asked, program, tuple(earlier))
+            if not asked and not result.applied and pass_.legalizes:
+                continue  # the target runs the program as it is
             program = result.program
             earlier.append(pass_.text)
             if self.after_each is not None:

@@ -53,10 +53,11 @@ class Builder:
         return Program({"step": self._e.function()}, "step", self._params, tuple(self._inputs), outputs)
 
 
-def tiny_dit(blocks: int = 3, noise: bool = False, attention: bool = True) -> Program:
+def tiny_dit(blocks: int = 3, noise: bool = False, attention: bool = True, rotary: bool = False) -> Program:
     """``blocks`` blocks of attention and MLP with adaptive scale and gate on (2, 6, 8) tokens, flat.
 
-    ``noise`` adds operators that change nothing. Without ``attention`` it is one linear layer and no block at all.
+    ``noise`` adds operators that change nothing; ``rotary`` turns queries and keys by complex numbers. Without
+    ``attention`` it is one linear layer and no block at all.
     """
     b = Builder()
     x = b.input("hidden_states", "latent", ROWS, TOKENS, WIDTH)
@@ -71,30 +72,28 @@ def tiny_dit(blocks: int = 3, noise: bool = False, attention: bool = True) -> Pr
     )
     if noise:
         x = b(aten.detach.default, b(aten.view.default, x, [ROWS, TOKENS, WIDTH]))
+    turn = None
+    if rotary:
+        turn = b(aten.view_as_complex.default, b.param("turn", TOKENS, WIDTH // 2, 2))
     for i in range(blocks):
-        x = _block(b, x, cond, f"blocks.{i}")
+        x = _block(b, x, cond, f"blocks.{i}", turn)
     return b.program(
         b(aten.linear.default, b(aten.layer_norm.default, x, [WIDTH]), b.param("head.weight", WIDTH, WIDTH))
     )
 
 
-def _block(b: Builder, x: fx.Node, cond: fx.Node, name: str) -> fx.Node:
+def _block(b: Builder, x: fx.Node, cond: fx.Node, name: str, turn: fx.Node | None) -> fx.Node:
     scale = b(aten.unsqueeze.default, b(aten.linear.default, cond, b.param(f"{name}.scale", WIDTH, WIDTH)), 1)
     gate = b(aten.unsqueeze.default, b(aten.linear.default, cond, b.param(f"{name}.gate", WIDTH, WIDTH)), 1)
     y = b(aten.mul.Tensor, b(aten.layer_norm.default, x, [WIDTH]), b(aten.add.Tensor, scale, 1))
-    heads = [
-        b(
-            aten.transpose.int,
-            b(
-                aten.view.default,
-                b(aten.linear.default, y, b.param(f"{name}.{k}", WIDTH, WIDTH)),
-                [ROWS, TOKENS, 2, WIDTH // 2],
-            ),
-            1,
-            2,
-        )
-        for k in ("q", "k", "v")
-    ]
+    heads = []
+    for k in ("q", "k", "v"):
+        z = b(aten.linear.default, y, b.param(f"{name}.{k}", WIDTH, WIDTH))
+        if turn is not None and k != "v":
+            pairs = b(aten.view_as_complex.default, b(aten.view.default, z, [ROWS, TOKENS, WIDTH // 2, 2]))
+            z = b(aten.view_as_real.default, b(aten.mul.Tensor, pairs, turn))
+        z = b(aten.view.default, z, [ROWS, TOKENS, 2, WIDTH // 2])
+        heads.append(b(aten.transpose.int, z, 1, 2))
     y = b(aten.transpose.int, b(aten.scaled_dot_product_attention.default, *heads), 1, 2)
     y = b(aten.linear.default, b(aten.reshape.default, y, [ROWS, TOKENS, WIDTH]), b.param(f"{name}.out", WIDTH, WIDTH))
     x = b(aten.add.Tensor, x, b(aten.mul.Tensor, gate, y))
