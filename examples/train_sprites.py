@@ -107,7 +107,7 @@ SUBJECT = judging.Subject(
 
 
 def main() -> None:
-    args = judging.arguments(__doc__, "sprites", steps=6_000, batch=8, count=64)
+    args = judging.arguments(__doc__, "sprites", steps=8_500, batch=8, count=64)
     if args.evaluate or args.ship:
         judging.judge_checkpoint(SUBJECT, args)
     else:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, fx
 
 from ditopt.artifact import Manifest, StepGraph, read_manifest, to_json
-from ditopt.codegen.onnx.repairs import plain_splits, widen_half_sums
+from ditopt.codegen.onnx.repairs import full_masks, plain_splits, true_squeezes, widen_half_sums
 from ditopt.codegen.onnx.weights import WeightStore, check_dtype
 from ditopt.errors import ArtifactError, BadInput, DitoptError, require
 
@@ -224,7 +224,8 @@ def _translate(module: fx.GraphModule, inputs: Sequence[Tensor], where: str) -> 
     try:
         with torch.no_grad(), _quiet():
             exported = torch.export.export(module, tuple(inputs), strict=False)
-            widen_half_sums(exported)
+            for repair in (widen_half_sums, full_masks, true_squeezes):
+                repair(exported)
             # The exporter's optimizer drops additions of small numbers (1e-15 in linear attention): 0/0 at run time.
             program = torch.onnx.export(exported, (), dynamo=True, optimize=False, opset_version=opset(), verbose=False)
     except Exception as error:

@@ -27,6 +27,38 @@ def widen_half_sums(program: torch.export.ExportedProgram) -> int:
     return count
 
 
+def full_masks(program: torch.export.ExportedProgram) -> int:
+    """Repeat, in place, attention masks that hold one row for all queries. torch broadcasts them; onnxruntime's Attention
+    takes no mask with fewer rows than queries. How many were rewritten."""
+    count = 0
+    for node in list(program.graph.nodes):
+        if node.target is not _aten.scaled_dot_product_attention.default:
+            continue
+        given = dict(zip(("query", "key", "value", "attn_mask"), node.args, strict=False)) | node.kwargs
+        mask, rows = given.get("attn_mask"), given["query"].meta["val"].shape[-2]
+        if mask is None or mask.meta["val"].ndim < 2 or mask.meta["val"].shape[-2] == rows:
+            continue
+        shape = [*mask.meta["val"].shape[:-2], rows, mask.meta["val"].shape[-1]]
+        with program.graph.inserting_before(node):
+            full = program.graph.call_function(_aten.expand.default, (mask, shape))
+        full.meta = {**mask.meta, "val": mask.meta["val"].expand(shape)}
+        node.replace_input_with(mask, full)
+        count += 1
+    return count
+
+
+def true_squeezes(program: torch.export.ExportedProgram) -> int:
+    """Drop, in place, squeezes of a dimension that is longer than one. torch leaves it alone; ONNX refuses the graph.
+    How many were dropped."""
+    count = 0
+    for node in list(program.graph.nodes):
+        if node.target is _aten.squeeze.dim and node.args[0].meta["val"].shape == node.meta["val"].shape:
+            # The node keeps its name, which the program's signature may know as an output.
+            node.target, node.args = _aten.alias.default, node.args[:1]
+            count += 1
+    return count
+
+
 def plain_splits(model: Any) -> int:
     """Rewrite, in place, each SplitToSequence of a static shape that is only read at constant indices: to one Split, or
     for unbind to one Gather a part. The exporter spells split, chunk and unbind as sequences; onnxruntime copies every

@@ -283,3 +283,27 @@ def test_the_caller_keeps_its_warning_filters(toy, tmp_path):
         one_graph(lambda w, x: (x + 1,), [torch.ones(3)], tmp_path)
         with pytest.raises(FutureWarning):
             warnings.warn("still an error", FutureWarning, stacklevel=1)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 6), (1, 1, 5, 6), (1, 6)], ids=str)
+@pytest.mark.parametrize("kind", ["added", "boolean"])
+def test_a_mask_of_one_row_serves_all_queries(tmp_path, shape, kind):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, n, 4, generator=generator) for n in (5, 6, 6))
+    keep = torch.rand(shape, generator=generator) > 0.4
+    keep[..., 0] = True
+    mask = keep if kind == "boolean" else (~keep).float() * -1e4
+    attend = torch.ops.aten.scaled_dot_product_attention.default
+    out = one_graph(lambda w, *given: (attend(*given),), [q, k, v, mask], tmp_path).run(
+        None, {f"in{i}": t.numpy() for i, t in enumerate((q, k, v, mask))}
+    )
+    assert_close(torch.from_numpy(out[0]), attend(q, k, v, mask), atol=1e-5, rtol=1e-5)
+
+
+def test_a_squeeze_of_what_is_longer_than_one_changes_nothing(tmp_path):
+    x = torch.randn(3, 4)
+    squeeze = torch.ops.aten.squeeze.dim
+    run = one_graph(lambda w, x: (squeeze(x, 1), squeeze(x + 1, 0)), [x], tmp_path, outputs=2)
+    out = run.run(None, {"in0": x.numpy()})
+    assert_close(torch.from_numpy(out[0]), x)
+    assert_close(torch.from_numpy(out[1]), x + 1)
