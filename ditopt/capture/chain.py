@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,11 @@ class _Job:
                 f"{self.name} changes its attribute {flat.packing.changed[0]} during forward; a graph would keep one "
                 "value for ever. Make it an input of forward."
             )
+        if flat.packing.opaque:
+            raise CaptureError(
+                f"{self.name} returns a {flat.packing.opaque[0]}, in which ditopt does not look for tensors; return "
+                "tensors, or tuples, lists, dicts and dataclasses of them"
+            )
         lowered = flex.expand(exported.graph_module)
         program = to_program(self.model, exported, self.spec, self.tensors, self.roles, self.weights, more())
         return program, lowered
@@ -95,7 +101,8 @@ def capture(
     fake = any(is_fake(t) for t in [*tensors, *model.parameters(), *model.buffers()])
     captured = _plain(job) if fake else _either(job)
     if verify and not fake:
-        check(model, spec, captured.program, captured.guard, tensors)
+        notes = check(model, spec, captured.program, captured.guard, tensors)
+        captured = dataclasses.replace(captured, notes=(*captured.notes, *notes))
     return captured
 
 

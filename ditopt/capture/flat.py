@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,27 +25,70 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 
 class Packing:
-    """How the model's output was packed in its last run. A plain object: export restores a module's own containers."""
+    """How the model's output was packed in its last run. A plain object: export restores a module's own containers.
+
+    ``structure``: "single" (a tensor), "tuple", or the dotted names of the tensors of a dict or dataclass.
+    """
 
     def __init__(self) -> None:
-        self.marks: list[tuple[bool, Any]] = []
-        self.tree: Any = None
         self.structure: str | tuple[str, ...] = "tuple"
+        self.opaque: list[str] = []  # types of objects in the output that may hide tensors
         self.changed: list[str] = []  # attributes of the model that the run changed
+        self._fill: Fill | None = None
 
     def note(self, out: Any) -> tuple[Tensor, ...]:
         """The tensors of an output, in order; remembers how they were packed."""
-        leaves, self.tree = pytree.tree_flatten(out)
-        self.marks = [(isinstance(leaf, Tensor), None if isinstance(leaf, Tensor) else leaf) for leaf in leaves]
-        self.structure = tuple(out) if isinstance(out, dict) else "single" if isinstance(out, Tensor) else "tuple"
-        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        found: list[tuple[str, Tensor]] = []
+        self.opaque = []
+        self._fill = self._spread(out, "", found)
+        named = isinstance(out, dict) or _is_record(out)
+        self.structure = tuple(n for n, _ in found) if named else "single" if isinstance(out, Tensor) else "tuple"
+        return tuple(tensor for _, tensor in found)
 
     def pack(self, values: Sequence[Tensor]) -> Any:
         """An output like the noted one with other tensors."""
-        rest = iter(values)
-        return pytree.tree_unflatten(
-            [next(rest) if is_tensor else static for is_tensor, static in self.marks], self.tree
-        )
+        assert self._fill is not None, "nothing is noted"
+        return self._fill(iter(values))
+
+    def _spread(self, value: Any, name: str, found: list[tuple[str, Tensor]]) -> Fill:
+        """How to make ``value`` anew from other tensors; its own go to ``found``."""
+        if isinstance(value, Tensor):
+            found.append((name, value))
+            return next
+        parts, tree = pytree.tree_flatten(value, is_leaf=lambda part: part is not value)
+        inside = f"{name}." if name else ""
+        if not tree.is_leaf():
+            keys = value if isinstance(value, dict) else range(len(parts))
+            fills = [self._spread(part, f"{inside}{key}", found) for key, part in zip(keys, parts, strict=True)]
+            return lambda rest: pytree.tree_unflatten([fill(rest) for fill in fills], tree)
+        if _is_record(value):
+            made = {k: self._spread(v, inside + k, found) for k, v in _attributes(value).items()}
+            return lambda rest: _record(type(value), {k: fill(rest) for k, fill in made.items()})
+        if hasattr(value, "__dict__"):
+            self.opaque.append(type(value).__name__)
+        return lambda rest: value
+
+
+Fill = Callable[[Iterator[Tensor]], Any]
+"""Takes as many tensors as it needs, and makes a value."""
+
+
+def _is_record(value: Any) -> bool:
+    """Whether ``value`` is an instance of a dataclass that pytree does not know."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type) and pytree.tree_structure(value).is_leaf()
+
+
+def _attributes(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass instance, and what else its construction has set."""
+    return {f.name: getattr(record, f.name) for f in dataclasses.fields(record)} | getattr(record, "__dict__", {})
+
+
+def _record(cls: type, attributes: Mapping[str, Any]) -> Any:
+    """An instance with these attributes; what ``__post_init__`` derives from tensors is among them already."""
+    record = object.__new__(cls)
+    for name, value in attributes.items():
+        object.__setattr__(record, name, value)
+    return record
 
 
 class Flat(nn.Module):

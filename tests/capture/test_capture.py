@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ditopt.capture import bind, capture
-from ditopt.errors import BadInput
+from ditopt.errors import BadInput, CaptureError
 from ditopt.ir.verify import verify
 from tests.capture.use import run, same, take
 from tests.tiny_models import ZOO, Plain, captured, equal, leaves, snapshot, snapshots
@@ -84,12 +86,24 @@ class Packs(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Any:
         a, b = self.line(x) + t, x * t
         nested = {"a": [a, None], "b": (b, "text", 3)}
-        return {"tensor": a, "tuple": (a, b), "list": [a, b], "dict": {"b": b, "a": a}, "nested": nested}[self.how]
+        packed: Any = {"tensor": a, "tuple": (a, b), "list": [a, b], "dict": {"b": b, "a": a}, "nested": nested}
+        return (packed | {"record": Record(a, {"b": b}), "object": SimpleNamespace(a=a)})[self.how]
+
+
+@dataclass(frozen=True)
+class Record:
+    """An output that pytree does not know; it derives an attribute."""
+
+    a: Tensor
+    more: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "double", self.a * 2)
 
 
 @pytest.mark.parametrize(
     ("how", "structure"),
-    [("tensor", "single"), ("tuple", "tuple"), ("list", "tuple"), ("dict", ("b", "a")), ("nested", ("a", "b"))],
+    [("tensor", "single"), ("tuple", "tuple"), ("list", "tuple"), ("dict", ("b", "a")), ("nested", ("a.0", "b.0"))],
 )
 def test_outputs_keep_their_type(how, structure):
     model = Packs(how)
@@ -97,6 +111,23 @@ def test_outputs_keep_their_type(how, structure):
     x, t = torch.randn(2, 4), torch.rand(2, 1)
     assert same(run(model, c, x, t), model(x, t))
     assert c.structure == structure
+
+
+def test_a_dataclass_is_made_anew_with_all_that_it_holds():
+    model = Packs("record")
+    c = take(model, torch.randn(2, 4), torch.rand(2, 1))
+    x, t = torch.randn(2, 4), torch.rand(2, 1)
+    got, want = run(model, c, x, t), model(x, t)
+    assert type(got) is Record
+    assert same(vars(got), vars(want))
+    assert set(vars(got)) == {"a", "more", "double"}
+    assert c.structure == ("a", "more.b", "double")
+
+
+def test_an_object_that_may_hide_tensors_is_refused():
+    """Its tensors would be those of the trace for ever."""
+    with pytest.raises(CaptureError, match=r"Packs returns a SimpleNamespace.*tuples, lists, dicts and dataclasses"):
+        take(Packs("object"), torch.randn(2, 4), torch.rand(2, 1))
 
 
 # -- calls -------------------------------------------------------------------------------------------------------------
