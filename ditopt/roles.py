@@ -59,10 +59,17 @@ def infer(
             raise BadInput(f"roles names the input {name!r}; the model's tensor inputs are {', '.join(names)}{hint}")
         if role not in get_args(Role):
             raise BadInput(f"roles gives {name!r} the role {role!r}; roles are {', '.join(get_args(Role))}")
-    roles = [(overrides or {}).get(name) or _by_name(name, value) for name, value in inputs]
+    told = overrides or {}
+    roles = [told.get(name) or _by_name(name, value) for name, value in inputs]
     if "timestep" not in roles:  # unnamed: a vector of one number a row, or a single number
         rows = outputs[0].shape[0] if outputs and outputs[0].ndim else 1
-        times = [i for i, (_, v) in enumerate(inputs) if roles[i] is None and v.ndim <= 1 and v.numel() in (1, rows)]
+        single = [i for i, (_, v) in enumerate(inputs) if v.ndim <= 1 and v.numel() in (1, rows)]
+        times = [i for i in single if roles[i] is None] or [
+            # a conditioning of one real number a row, as in forward(x, c)
+            i
+            for i in single
+            if roles[i] == "prompt" and names[i] not in told and inputs[i][1].is_floating_point()
+        ]
         if times and not guess:
             _refuse_equals([inputs[i] for i in times])
         for i in times[:1]:
@@ -72,8 +79,8 @@ def infer(
         candidates = [i for i, (_, v) in enumerate(inputs) if roles[i] is None and tuple(v.shape) in shapes]
         for i in candidates[:1]:
             roles[i] = "latent"
-    return [
-        role or ("prompt" if not v.is_floating_point() and v.ndim <= 1 else "latent")
+    return [  # a single number is no latent: a scale, or the strength of a condition
+        role or ("prompt" if v.ndim == 0 or (v.ndim == 1 and not v.is_floating_point()) else "latent")
         for role, (_, v) in zip(roles, inputs, strict=True)
     ]
 

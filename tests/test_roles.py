@@ -53,6 +53,22 @@ def test_ambiguous_times_are_asked_for():
     assert role_rules.infer(given, [x], {"v": "prompt"}) == ["latent", "timestep", "prompt", "prompt"]
 
 
+def test_a_conditioning_of_one_number_a_row_is_the_time_where_nothing_else_is():
+    """``forward(x, c)``: the name says prompt, but then there would be no time."""
+    x, c = ("x", torch.zeros(2, 4)), ("c", torch.zeros(2))
+    assert role_rules.infer([x, c], [x[1]]) == ["latent", "timestep"]
+    assert role_rules.infer([x, c], [x[1]], {"c": "prompt"}) == ["latent", "prompt"]
+    assert role_rules.infer([x, c, ("t", torch.zeros(2))], [x[1]]) == ["latent", "prompt", "timestep"]
+    assert role_rules.infer([x, ("c", torch.zeros(2).long())], [x[1]]) == ["latent", "prompt"]
+    with pytest.raises(BadInput, match=r"the inputs c, guidance .* could each be the time"):
+        role_rules.infer([x, c, ("guidance", torch.zeros(2))], [x[1]])
+
+
+def test_a_single_number_is_no_latent():
+    given = [("x", torch.zeros(2, 4)), ("t", torch.zeros(2)), ("scale", torch.tensor(0.5)), ("w", torch.zeros(2))]
+    assert role_rules.infer(given, [torch.zeros(2, 4)]) == ["latent", "timestep", "prompt", "latent"]
+
+
 @pytest.mark.parametrize(
     "inputs",
     [
