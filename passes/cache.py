@@ -102,6 +102,8 @@ class Cache(Pass):
             ):
                 return Outcome(program, 0, (f"{region} is cached already by an earlier cache",))
         work = _Rewrite(self, program)
+        alternatives = [text.strip() for text in self.region.split("|")]
+        work.refused += [f"{t} matches nothing" for t, s in zip(alternatives, selections, strict=True) if not s.ids]
         work.apply(selections)
         if not work.reuse.groups:
             return Outcome(program, 0, tuple(work.refused) or ("nothing that leaves the region depends on the latent",))

@@ -7,6 +7,8 @@ import pytest
 from ditopt.errors import RecipeError
 from ditopt.ir.program import Program, Region
 from ditopt.ir.select import select_regions
+from ditopt.passes.cache import Cache
+from ditopt.pipeline import Context
 
 
 def program(n: int = 10, first_stage: int = 6) -> Program:
@@ -68,6 +70,21 @@ def test_matching_nothing_says_what_there_is(text):
         RecipeError, match=r"matches nothing; the model has 10 blocks .* 2 stages, roles attn, mlp.*try"
     ):
         select_regions(program(), text)
+
+
+def test_an_alternative_may_match_nothing_where_another_does_not():
+    """A recipe for attention and MLP fits a model whose blocks are attention only."""
+    attn, other = select_regions(program(), "blocks.*.attn|blocks.6:.attn")
+    assert len(attn.ids) == 6
+    assert other.ids == ()
+    with pytest.raises(RecipeError, match=r"'blocks.6:.attn\|stage.2' matches nothing"):
+        select_regions(program(), "blocks.6:.attn|stage.2")
+
+
+def test_a_cache_says_which_alternative_matches_nothing():
+    out = Cache(region="blocks.*.attn|stage.7.mlp").run(Cache.example_applies(), Context())
+    assert out.applied > 0
+    assert out.refused == ("stage.7.mlp matches nothing",)
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,12 @@ class Selection:
 
 
 def select_regions(program: Program, text: str) -> list[Selection]:
-    """The selections that ``text`` makes in ``program``. RecipeError where an alternative is malformed or matches
-    nothing; its sentence says what the model has."""
-    return [_select(program, alternative.strip()) for alternative in text.split("|")]
+    """The selections that ``text`` makes in ``program``, one for each alternative; some may be of nothing (a model need
+    not have all roles). RecipeError where one is malformed or all match nothing; it says what the model has."""
+    selections = [_select(program, alternative.strip()) for alternative in text.split("|")]
+    if not any(s.ids for s in selections):
+        raise RecipeError(f"region {text!r} matches nothing; {_what_there_is(program)}")
+    return selections
 
 
 def _select(program: Program, text: str) -> Selection:
@@ -64,8 +67,6 @@ def _select(program: Program, text: str) -> Selection:
         blocks = _slice(text, program.blocks(), index or "*")
     if role:
         blocks = [b for b in blocks if f"{b.id}.{role}" in _ids(program)]
-    if not blocks:
-        raise RecipeError(f"region {text!r} matches nothing; {_what_there_is(program)}")
     return Selection("modules" if role else "run", tuple(blocks), role)
 
 
