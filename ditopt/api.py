@@ -18,7 +18,7 @@ from ditopt.errors import BadInput
 from ditopt.ir.program import Role
 from ditopt.offload import loaded
 from ditopt.optimized import OptimizedModule
-from ditopt.pipeline import Context, PassManager
+from ditopt.pipeline import Context, PassManager, legalize
 from ditopt.recipe import Recipe
 from ditopt.release import Release
 from ditopt.target import resolve
@@ -138,7 +138,9 @@ def _programs(
     model: Any, recipe: Recipe | str, example: Examples | None, steps: int | None, roles: Mapping[str, Role] | None
 ) -> Any:
     if isinstance(model, OptimizedModule):
-        return model.compiled.captured, model.history, model.engine.recipe
+        model.release.require_all("exported")
+        legal = legalize(model.program, "onnxruntime")
+        return model.compiled.captured, (*model.history, *legal), model.engine.recipe
     if not isinstance(model, nn.Module):
         raise BadInput(
             f"a {type(model).__name__} was given; export takes an nn.Module, such as the pipeline's denoiser"

@@ -354,6 +354,13 @@ class PassManager:
         )
 
 
+def legalize(program: Program, target: str) -> list[PassResult]:
+    """What it takes that ``target`` can run ``program``, which was made for another one."""
+    from ditopt.recipe import Recipe
+
+    return PassManager(Recipe(), Context(target)).run(program)
+
+
 def bisect(
     program: Program, recipe: Recipe | str, good: Callable[[Program], bool], context: Context | None = None
 ) -> PassResult | None:

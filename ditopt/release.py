@@ -47,6 +47,14 @@ class Shelves:
         self._away: dict[str, _Weight] = {}
         self._guard: Any = None
 
+    def require_all(self, done: str) -> None:
+        """BadInput where weights were freed, without which the model cannot be ``done`` (a participle)."""
+        if self.freed:
+            raise BadInput(
+                f"this {type(self.model).__name__} cannot be {done}: weights were freed (release='free'); load the "
+                "model again and optimize it with release='offload'"
+            )
+
     @property
     def bytes(self) -> int:
         """Bytes of weights that are away."""

@@ -37,6 +37,7 @@ def save(model: OptimizedModule, path: str | Path) -> Path:
 
     if not isinstance(model, OptimizedModule):
         raise BadInput(f"a {type(model).__name__} was given; save takes what ditopt.optimize returned")
+    model.release.require_all("saved")
     compiled, folder = model.compiled, Path(path)
     if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise BadInput(f"{folder} exists and is not a saved model; give another path, or an empty folder")
@@ -78,6 +79,7 @@ def _load_folder(folder: Path, target: str) -> LoadedModel:
     from ditopt.errors import DitoptError
     from ditopt.ir.parse import parse_program
     from ditopt.ir.verify import verify
+    from ditopt.pipeline import legalize
     from ditopt.target import resolve
 
     if not (folder / MANIFEST).is_file():
@@ -97,6 +99,8 @@ def _load_folder(folder: Path, target: str) -> LoadedModel:
     if name == "onnxruntime":
         raise BadInput("a saved folder runs on eager or inductor; for onnxruntime use export_onnx and load its .onnx")
     fields = ("recipe", "structure", "steps", "full_flops", "full_block_flops", "extra")
+    for result in legalize(program, name):
+        program = result.program
     made, run = build(program, name, **{f: getattr(manifest, f) for f in fields})
     return LoadedModel(Plan(made, run, lambda: program.params), str(folder))
 

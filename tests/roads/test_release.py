@@ -118,7 +118,7 @@ def test_a_weight_written_while_away_is_seen():
     assert torch.equal(request(ditopt.restore(fast), 1), changed[0])
 
 
-def test_freed_weights_are_gone_and_their_table_serves_every_request():
+def test_freed_weights_are_gone_and_their_table_serves_every_request(tmp_path):
     model = timed()
     plain = [request(model, seed) for seed in (1, 2)]
     fast = ditopt.optimize(model, "lossless", example_inputs=timed_example(), target="eager", release="free")
@@ -134,6 +134,8 @@ def test_freed_weights_are_gone_and_their_table_serves_every_request():
     assert torch.equal(request(fast, 2), plain[1])
     with pytest.raises(BadInput, match=r"were freed .* load the model again"):
         ditopt.restore(fast)
+    with pytest.raises(BadInput, match="cannot be saved: weights were freed"):
+        ditopt.save(fast, tmp_path / "m.ditopt")
 
 
 def timed_example() -> dict[str, Any]:
