@@ -11,7 +11,7 @@ from ditopt.artifact import StepGraph
 from ditopt.codegen.lower import lower, lower_memos
 from ditopt.ir.binding import Binding, bind
 from ditopt.ir.cost import flops, step_flops
-from ditopt.ir.program import Program, Region, TensorType, formal
+from ditopt.ir.program import Program, Region, Stream, TensorType, formal
 from ditopt.pipeline import PassResult
 
 NEVER = "constant"
@@ -63,7 +63,8 @@ def weight_bytes(program: Program, graph: StepGraph) -> int:
 def role_flops(outlined: Program) -> dict[str, int]:
     """FLOPs of one step by part: attention and MLP of all blocks, the rest of the blocks, outside of them."""
     total, inside = step_flops(outlined)
-    out = {f"blocks: {role}": sum(r.flops for r in outlined.regions if r.role == role) for role in ("attn", "mlp")}
+    main = [r for r in outlined.regions if r.id.startswith("blocks.")]
+    out = {f"blocks: {role}": sum(r.flops for r in main if r.role == role) for role in ("attn", "mlp")}
     out["blocks: other (modulation, projections)"] = inside - sum(out.values())
     out["outside blocks"] = total - inside
     return out
@@ -129,28 +130,69 @@ def type_text(type_: TensorType) -> str:
 
 
 def _structure(program: Program) -> list[str]:
-    blocks = program.blocks()
     total, inside = step_flops(program)
-    if not blocks:
+    if not program.blocks():
         return [f"no repeated blocks; {count(total)}FLOP a step"]
-    children: dict[str, list[str]] = {}
-    for r in program.regions:
-        if r.role in ("attn", "mlp"):
-            children.setdefault(r.parent, []).append(r.role)
-    lines = []
-    for stage, group in groupby(blocks, key=lambda r: r.stage):
-        run = list(group)
-        kinds = len({r.function for r in run})
-        parts = sorted({"+".join(children.get(r.id, [])) or "no modules" for r in run})
-        share = sum(r.flops for r in run) / max(total, 1)
-        span = run[0].id if len(run) == 1 else f"{run[0].id}..{run[-1].id.split('.')[1]}"
-        number = "1 block" if len(run) == 1 else f"{len(run)} blocks"
-        shared = "1 body" if kinds == 1 else f"{kinds} bodies"
-        what = [f"stage {stage}", span, number, shared, ", ".join(parts), f"{share:.1%} of FLOPs"]
-        lines.append([*what, _alias(run)])
+    chains = {key: list(run) for key, run in groupby(filter(_is_block, program.regions), key=_run_of)}
+    outside = {r.id: r for r in program.regions if r.role in ("embed", "head")}
+    mods = [r for r in program.regions if r.role == "mod"]
+    rows = [_outside(outside["embed"], total)] if "embed" in outside else []
+    rows += [_row(name, run, program, total) for name, run in chains.items()]
+    rows += [_outside(outside["head"], total)] if "head" in outside else []
+    if mods:
+        rows.append(["mod", f"in {_number(len(mods), 'block')}", "", "", "", _share(mods, total), ""])
+    streams = {name: _streams(run) for name, run in chains.items()}
+    lines: list[str] = []
+    for row, text in zip(rows, _columns(rows), strict=True):
+        lines += [text, *(f"  {s}" for s in streams.get(row[0], []))]
     rest = f"{count(total)}FLOP a step, {inside / max(total, 1):.1%} of them in blocks"
     parts_ = ", ".join(f"{role} {f / max(total, 1):.1%}" for role, f in role_flops(program).items())
-    return [*_columns(lines), rest, parts_]
+    return [*lines, rest, parts_]
+
+
+def _is_block(region: Region) -> bool:
+    return region.role in ("block", "aux")
+
+
+def _run_of(block: Region) -> str:
+    """The name of the blocks that are one row: a stage of the main chain, or an auxiliary chain."""
+    return f"stage {block.stage}" if block.role == "block" else block.id.split(".")[0]
+
+
+def _row(name: str, run: Sequence[Region], program: Program, total: int) -> list[str]:
+    inside = {r.id: [m.role for m in program.regions if m.parent == r.id and m.role != "mod"] for r in run}
+    parts = sorted({"+".join(roles) or "no modules" for roles in inside.values()})
+    span = run[0].id if len(run) == 1 else f"{run[0].id}..{run[-1].id.split('.')[1]}"
+    bodies = len({r.function for r in run})
+    shared = "1 body" if bodies == 1 else f"{bodies} bodies"
+    return [name, span, _number(len(run), "block"), shared, ", ".join(parts), _share(run, total), _alias(run)]
+
+
+def _outside(region: Region, total: int) -> list[str]:
+    return [region.id, "", "", "", "", _share([region], total), ""]
+
+
+def _number(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def _share(regions: Sequence[Region], total: int) -> str:
+    return f"{sum(r.flops for r in regions) / max(total, 1):.1%} of FLOPs"
+
+
+def _streams(run: Sequence[Region]) -> list[str]:
+    """A line for each set of streams that runs through some of the blocks."""
+    sets = dict.fromkeys(tuple(stream_text(s) for s in r.streams) for r in run)
+    return ["; ".join(texts) or "no stream that attention mixes was found" for texts in sets]
+
+
+def stream_text(stream: Stream) -> str:
+    """A stream in words: ``latent: 80 tokens (8 x 10), axis 1``."""
+    grid = f" ({' x '.join(map(str, stream.grid))})" if stream.grid else ""
+    unknown = ", grid unknown" if stream.made_of == "latent" and not stream.grid else ""
+    axes = f"{'axis' if len(stream.axes) == 1 else 'axes'} {', '.join(map(str, stream.axes))}"
+    start = f" from {stream.start} on" if stream.start else ""
+    return f"{stream.made_of or 'stream'}: {_number(stream.tokens, 'token')}{grid}{start}, {axes}{unknown}"
 
 
 def _alias(run: Sequence[Region]) -> str:

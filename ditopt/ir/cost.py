@@ -117,3 +117,8 @@ def is_matmul(node: fx.Node) -> bool:
 def is_attention(node: fx.Node) -> bool:
     """Whether the node is softmax attention."""
     return node.target is aten.scaled_dot_product_attention.default
+
+
+def is_convolution(node: fx.Node) -> bool:
+    """Whether the node slides a kernel over its input, without transposition."""
+    return _COUNT.get(node.target) is _convolution and not (node.target is aten.convolution.default and node.args[6])

@@ -154,6 +154,29 @@ the last ones; ``aux``: a block of a chain beside the main one; ``mod``: what ma
 timestep."""
 
 
+MadeOf = Literal["latent", "prompt", ""]
+"""The role of the input that a stream comes from."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tokens to which the residual branches of a block add.
+
+    ``formal``: the parameter of the block's function that holds them; ``result``: the number of the result that
+    continues it. ``axes``: the axes of both over which attention mixes; along them ``tokens`` positions from ``start``
+    on are this stream (others, in the same tensor, are another one). ``grid``: rows x columns, or frames x rows x
+    columns, of the tokens, () where the graph does not show one. ``made_of``: "" where it is unknown.
+    """
+
+    formal: str
+    result: int
+    axes: tuple[int, ...]
+    tokens: int
+    start: int = 0
+    grid: tuple[int, ...] = ()
+    made_of: MadeOf = ""
+
+
 @dataclass(frozen=True)
 class Region:
     """A piece of the model found in the graph.
@@ -162,7 +185,7 @@ class Region:
     ``aux0.1`` (a block of another chain, such as a refiner of the text).
     ``stage``: index of the run of isomorphic blocks, or of groups of them that alternate, this one belongs to.
     ``alias``: the module path where the capture knew one, for display only. ``flops``: of one call, by ``ir/cost.py``.
-    ``function``: the shared body of a block.
+    ``function``: the shared body of a block; ``streams``: what runs through it.
     """
 
     id: str
@@ -172,6 +195,7 @@ class Region:
     flops: int = 0
     function: str = ""
     alias: str = ""
+    streams: tuple[Stream, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,21 @@ from ditopt.ir.cost import flops, function_flops
 from ditopt.ir.edit import Editor
 from ditopt.ir.modules import find_modules
 from ditopt.ir.program import Function, Program, Region, callee
+from ditopt.ir.streams import find_streams
 
 INSIDE = ("attn", "mlp", "mod")
 """Roles of the regions inside a block, in the order in which they are listed."""
 
 
 def describe(program: Program) -> Program:
-    """``program`` with the function and the FLOPs of every region, as they are now."""
+    """``program`` with the function, the FLOPs and the streams of every region, as they are now."""
     cost = {name: function_flops(program, f) for name, f in program.functions.items()}
     body = {str(n.meta["region"]): callee(n) for n in program.calls()}
     entry: dict[str, int] = {}
     for node in program.step.graph.nodes:
         where = str(node.meta.get("region", ""))
         entry[where] = entry.get(where, 0) + flops(node)
+    streams = find_streams(program, bind(program))
     regions: list[Region] = []
     for r in program.regions:
         function = body.get(r.id, "")
@@ -36,7 +38,7 @@ def describe(program: Program) -> Program:
             work = _marked(program.functions[body[r.parent]], r.role) if r.parent in body else 0
         else:
             work = cost[function] if function else entry.get(r.id, 0)
-        regions.append(dataclasses.replace(r, function=function, flops=work))
+        regions.append(dataclasses.replace(r, function=function, flops=work, streams=streams.get(r.id, ())))
     return program.replace(regions=tuple(regions))
 
 

@@ -42,7 +42,7 @@ JOINS = {
 }
 """Operators that join or split streams."""
 
-_MOVES = {
+MOVES = {
     *CASTS,
     *(JOINS - {aten.cat.default}),
     aten.view.default,
@@ -151,7 +151,7 @@ def _origins(node: fx.Node, sums: Mapping[fx.Node, Branch]) -> list[fx.Node]:
         operands = data_operands(node)
         if node in sums and len(node.users) == 1:
             node = sums[node].stream
-        elif node.target in _MOVES and len(operands) == 1:
+        elif node.target in MOVES and len(operands) == 1:
             node = operands[0]
         else:
             return path

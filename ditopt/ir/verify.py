@@ -6,6 +6,7 @@ only, never at numbers, and runs no operator.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Iterable
@@ -15,7 +16,19 @@ from torch import fx
 
 from ditopt._torch import is_fake
 from ditopt.errors import VerifyError
-from ditopt.ir.program import Decision, Formal, Function, Program, TensorType, call_args, callee, formal, is_call
+from ditopt.ir.program import (
+    Decision,
+    Formal,
+    Function,
+    Program,
+    Region,
+    Stream,
+    TensorType,
+    call_args,
+    callee,
+    formal,
+    is_call,
+)
 from ditopt.ir.words import DTYPES, NAMESPACES, OpOverload
 from ditopt.ops.select import select
 
@@ -81,6 +94,8 @@ class _Verifier:
                 self.fail(where, f"its parent {region.parent!r} does not exist")
             if region.function and region.function not in p.functions:
                 self.fail(where, f"its function {region.function!r} does not exist")
+            for stream in region.streams:
+                self.stream(f"{where}, stream {stream.formal!r}", stream, region)
         self.parents()
         for decision in p.decisions:
             self.decision(decision)
@@ -95,6 +110,24 @@ class _Verifier:
                     self.fail(f"region {start!r}", "it is its own ancestor")
                 seen.add(at)
                 at = parent[at]
+
+    def stream(self, where: str, s: Stream, region: Region) -> None:
+        if not region.function:
+            self.fail(where, "the region has no function that it could run through")
+        body = self.p.functions[region.function]
+        held = next((p for p in body.placeholders if p.meta.get("formal") == Formal("formal", s.formal)), None)
+        if held is None:
+            self.fail(where, f"{region.function} has no parameter of this name")
+        if not 0 <= s.result < body.n_results:
+            self.fail(where, f"{region.function} has no result {s.result}; it has {body.n_results}")
+        shape = held.meta["val"].shape
+        if not s.axes or len(set(s.axes)) < len(s.axes) or not all(0 <= a < len(shape) for a in s.axes):
+            self.fail(where, f"axes {list(s.axes)} are no axes of {list(shape)}")
+        room = math.prod(int(shape[a]) for a in s.axes)
+        if s.start < 0 or s.tokens < 1 or s.start + s.tokens > room:
+            self.fail(where, f"tokens {s.start} to {s.start + s.tokens} are not among the {room} of its parameter")
+        if s.grid and math.prod(s.grid) != s.tokens:
+            self.fail(where, f"a grid of {' x '.join(map(str, s.grid))} does not hold {s.tokens} tokens")
 
     def decision(self, d: Decision) -> None:
         where = f"decision {d.name!r}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ditopt._torch import is_fake
-from ditopt.ir.program import Decision, Input, Interval, Memo, Predictor, Region, StateSlot
+from ditopt.ir.program import Decision, Input, Interval, Memo, Predictor, Region, StateSlot, Stream
 
 OpOverload: Any = type(torch.ops.aten.add.Tensor)
 OpOverloadPacket: Any = type(torch.ops.aten.add)
@@ -68,7 +68,16 @@ SECTIONS: dict[str, Any] = {
 }
 """Fields of a Program that print as a list, and what they hold."""
 
-RECORDS: dict[type, int] = {Input: 3, StateSlot: 2, Memo: 1, Decision: 1, Region: 2, Interval: 0, Predictor: 1}
+RECORDS: dict[type, int] = {
+    Input: 3,
+    StateSlot: 2,
+    Memo: 1,
+    Decision: 1,
+    Region: 2,
+    Stream: 1,
+    Interval: 0,
+    Predictor: 1,
+}
 """The dataclasses of a text and how many of their fields print without a name."""
 
 FORMALS = {
