@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ditopt._torch import pytree
+from ditopt.capture.numbers import Numbers
 from ditopt.capture.spec import SCALARS, CallSpec, dotted
 from ditopt.offload import keep_shared, strip
 
@@ -85,7 +87,7 @@ def _attributes(record: Any) -> dict[str, Any]:
 
 def _record(cls: type, attributes: Mapping[str, Any]) -> Any:
     """An instance with these attributes; what ``__post_init__`` derives from tensors is among them already."""
-    record = object.__new__(cls)
+    record: Any = object.__new__(cls)
     for name, value in attributes.items():
         object.__setattr__(record, name, value)
     return record
@@ -115,7 +117,9 @@ class Flat(nn.Module):
         bound = self.spec.unflatten(tensors)
         args, kwargs = _split(self.model, bound)
         before = _python_state(self.model)  # compared here: torch.export puts attributes back when it is done
-        with self._around():
+        # only in a trace: any such mode keeps eager from its fused kernels
+        numbers = Numbers() if torch.compiler.is_exporting() else nullcontext()
+        with self._around(), numbers:
             out = self.model(*args, **kwargs)
         self.packing.changed = [k for k, v in _python_state(self.model).items() if before.get(k, v) != v]
         return (*self.packing.note(out), *self._more())

@@ -198,6 +198,22 @@ class Star(nn.Module):
         return (x + sum(more)) * t * scale
 
 
+class Fills(nn.Module):
+    """Makes tensors of a number, as people do where a timestep is one."""
+
+    def forward(self, x: Tensor, timestep: Any) -> Tensor:
+        rows = torch.full((2,), timestep) + torch.full([2], 3.0, dtype=torch.float64)
+        return x * rows[:, None] + torch.tensor([[timestep, 2.0], [1.0, timestep]], dtype=torch.float32).sum()
+
+
+@pytest.mark.parametrize("time", [9.7, 9, torch.tensor(9.7)])
+def test_tensors_are_made_of_numbers_that_became_tensors(time):
+    x = torch.randn(2, 4)
+    c = take(Fills(), x, time)
+    for factor in (1, 3):
+        assert same(run(Fills(), c, x, time * factor), Fills()(x, time * factor))
+
+
 def test_positional_only_and_variadic_arguments():
     model, x, t = Star(), torch.randn(2, 3), torch.rand(())
     c = take(model, x, t, x + 1, x + 2, scale=2.0)

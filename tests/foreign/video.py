@@ -232,7 +232,13 @@ class KeywordDiT(nn.Module):
         super().__init__()
         self.width = width
         self.embed, self.time, self.head = nn.Linear(4, width), nn.Linear(width, width), nn.Linear(width, 4)
-        layer = {"nhead": 2, "dim_feedforward": 64, "activation": "gelu", "batch_first": True, "norm_first": True}
+        layer: dict[str, Any] = {
+            "nhead": 2,
+            "dim_feedforward": 64,
+            "activation": "gelu",
+            "batch_first": True,
+            "norm_first": True,
+        }
         self.encoder = nn.ModuleList(nn.TransformerEncoderLayer(width, dropout=0.0, **layer) for _ in range(depth))
 
     def forward(self, *, sample: Tensor, timestep: float | Tensor, scale: float = 1.0, dim: int = 1) -> Prediction:
