@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from ditopt.ir.program import Formal, Program, Region, formal
 from ditopt.ir.structure import Module, find_modules, rejoined
 from ditopt.ir.verify import verify
 from ditopt.pipeline import PassManager
+from tests.denoisers import REGISTRY
 from tests.tiny_models import ZOO, Joint, Plain, captured, noise, optimized
 
 aten = torch.ops.aten
@@ -170,6 +172,24 @@ class GlobalSkip(Plain):
         return x + super().forward(x, t, y)
 
 
+class Tables(Plain):
+    """Each block adds its own slice of one table to the modulation, and feeds forward what it thinks most of."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=3)
+        self.tables = nn.Parameter(torch.randn(1, 3, self.width))
+        self.router = nn.Linear(self.width, 4)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        c = t[:, None, None] * 1e-3 + self.label(y)[:, None] + self.tables
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        for i, block in enumerate(self.blocks):
+            x = block(x, c[:, i])
+            values, chosen = self.router(x).topk(2, -1)  # two results, of which each block reads its own
+            x = x + values.sum(-1, keepdim=True) * F.one_hot(chosen[..., 0], self.width)
+        return self.head(x)
+
+
 class Parallel(nn.Module):
     """Attention and MLP side by side, added one after the other."""
 
@@ -180,7 +200,8 @@ class Parallel(nn.Module):
 
     def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         x = x + timestep[:, None, None]
-        for (qkv, out, up), down in zip(self.blocks, self.downs, strict=True):
+        for block, down in zip(self.blocks, self.downs, strict=True):
+            qkv, out, up = block.children()
             h = F.layer_norm(x, (16,))
             q, k, v = qkv(h).chunk(3, -1)
             x = x + out(F.scaled_dot_product_attention(q, k, v)) + down(F.gelu(up(h)))
@@ -189,12 +210,15 @@ class Parallel(nn.Module):
 
 LATENTS = {"latents": torch.randn(2, 9, 8), "sigma": torch.rand(2) * 5, "prompt_embeds": torch.randn(2, 6, 24)}
 TOKENS = {"x": torch.randn(2, 5, 16), "timestep": torch.rand(2)}
-STRUCTURES = {  # how a model is built, its call, the class of each block of the main chain, its stages, other blocks
+STRUCTURES: dict[
+    str, Any
+] = {  # how a model is built, its call, the class of each block of the main chain, its stages, other blocks
     "long skip": (LongSkip, ZOO["plain"].inputs(), "AABB", [0, 0, 1, 1], 0),
     "alternating": (lambda: Alternating(depth=6), ZOO["plain"].inputs(), "ABABAB", [0] * 6, 0),
     "refined text": (Refined, LATENTS, "AB", [0, 1], 2),  # the last one drops the text
     "global skip": (lambda: GlobalSkip(depth=3), ZOO["plain"].inputs(), "AAA", [0, 0, 0], 0),
     "parallel": (Parallel, TOKENS, "AAA", [0, 0, 0], 0),
+    "tables": (Tables, ZOO["plain"].inputs(), "AAA", [0, 0, 0], 0),
 }
 
 
@@ -232,11 +256,22 @@ def test_structures_are_found_without_names(name):
     assert [dataclasses.replace(r, alias="") for r in want.regions] == list(found.regions)
 
 
+def test_long_skips_of_diffusers_are_found_without_names():
+    denoiser = REGISTRY["hunyuan_dit"]
+    model, call = denoiser.build()
+    spec, tensors = bind_call(model, (), call)
+    flat = capture(model, spec, tensors).program
+    want, found = (PassManager("outline_blocks").run(p)[-1].program for p in (flat, anonymous(flat)))
+    assert len(want.blocks()) == len(denoiser.block_modules(model)) > 4
+    assert len({b.function for b in want.blocks()}) == 2, "blocks with a skip and blocks without"
+    assert [dataclasses.replace(r, alias="") for r in want.regions] == list(found.regions)
+
+
 @pytest.mark.parametrize("name", ["plain", "joint"])
 def test_the_flat_graph_of_dynamo_has_the_same_structure(name):
     tiny = ZOO[name]
     torch._dynamo.reset()
-    options = {"recipe": "outline_blocks", "target": "eager", "roles": dict(tiny.roles)}
+    options: dict[str, Any] = {"recipe": "outline_blocks", "target": "eager", "roles": dict(tiny.roles)}
     compiled = torch.compile(tiny.model(), backend="ditopt", options=options)
     with torch.no_grad():
         compiled(**tiny.inputs())
