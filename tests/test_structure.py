@@ -267,7 +267,7 @@ def test_long_skips_of_diffusers_are_found_without_names():
     assert [dataclasses.replace(r, alias="") for r in want.regions] == list(found.regions)
 
 
-@pytest.mark.parametrize("name", ["plain", "joint"])
+@pytest.mark.parametrize("name", ["plain", "joint", "sd3", "flux"])
 def test_the_flat_graph_of_dynamo_has_the_same_structure(name):
     tiny = ZOO[name]
     torch._dynamo.reset()
