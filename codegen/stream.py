@@ -8,6 +8,7 @@ the step's own batch, so the values are those that a step would have computed, b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -71,12 +72,12 @@ class Streamed:
 
         for node in self._nodes:
             for row in values:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n, row=row: value(row, n))
-                row[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                args, kwargs = fx.map_arg((node.args, node.kwargs), partial(value, row))
+                row[node] = node.target(*args, **kwargs)
             for used in self._last.get(node, ()):
                 if used in taken:
                     del taken[used]
                     self._shelf.drop(names[used])
                 for row in values:
                     row.pop(used, None)
-        return [list(fx.map_arg(self._output.args[0], lambda n, row=row: value(row, n))) for row in values]
+        return [list(fx.map_arg(self._output.args[0], partial(value, row))) for row in values]

@@ -212,7 +212,7 @@ class _Weight:
 def _mapped(tensor: Tensor) -> tuple[Tensor, mmap.mmap]:
     """A copy of a contiguous ``tensor`` in a temporary file that has no name any more, mapped into memory."""
     with tempfile.TemporaryFile(prefix="ditopt-") as file:
-        file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         held = mmap.mmap(file.fileno(), tensor.nbytes)  # shared, so that a write survives its pages
     count = math.prod(tensor.shape)

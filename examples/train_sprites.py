@@ -44,7 +44,7 @@ CONFIG: dict[str, Any] = {
     },
     "text_encoder": {"width": WIDTH},
     "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 2.0},
-    "sampling": {"num_inference_steps": 30, "guidance_scale": 2.0},
+    "sampling": {"num_inference_steps": 30, "guidance_scale": 3.0},
     "training": "python -m examples.train_sprites",
 }
 SEED = 30_000_000

@@ -85,7 +85,7 @@ class _Real:
         for node in self.names:  # by now a complex value and its pair are one thing
             pair = node.args[0]
             node.replace_all_uses_with(pair)  # type: ignore[arg-type]
-            results = [pair if r is node else r for r in results]
+            results = [pair if r is node else r for r in results]  # type: ignore[misc]
             self.e.graph.erase_node(node)
         self.e.set_results(results)
         return self.e.function()

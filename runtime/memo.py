@@ -130,7 +130,7 @@ class Memos:
         kept = [own(values, storages(inputs.values())) for _, values in rows]
         if group is None:
             group = known.add([inputs[k] for k in memo.keys if self._roles[k] != "timestep"])
-            for key in [k for k in entries if k[0] not in known]:
+            for key in [k for k in entries if k[0] is None or k[0] not in known]:
                 del entries[key]
         entries.update(
             {(group, self._time(memo, clock)): values for (clock, _), values in zip(rows, kept, strict=True)}

@@ -28,8 +28,8 @@ def widen_half_sums(program: torch.export.ExportedProgram) -> int:
 
 
 def full_masks(program: torch.export.ExportedProgram) -> int:
-    """Repeat, in place, attention masks that hold one row for all queries. torch broadcasts them; onnxruntime's Attention
-    takes no mask with fewer rows than queries. How many were rewritten."""
+    """Repeat, in place, attention masks that hold one row for all queries. torch broadcasts them, and Attention in ONNX
+    Runtime takes no mask with fewer rows than queries. How many were rewritten."""
     count = 0
     for node in list(program.graph.nodes):
         if node.target is not _aten.scaled_dot_product_attention.default:

@@ -22,7 +22,8 @@ class Rotary(SmallBlock):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-        turned = torch.view_as_real(pairs * self.turn[: x.shape[1]].unsqueeze(0)).flatten(2)
+        turn: Any = self.turn
+        turned = torch.view_as_real(pairs * turn[: x.shape[1]].unsqueeze(0)).flatten(2)
         return super().forward(x + 0.3 * turned, c)
 
 

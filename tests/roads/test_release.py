@@ -22,12 +22,14 @@ STEPS = 5
 class Timed(Small):
     """The small model with modulation that depends on the timestep alone: no request changes its table."""
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Any:
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **_: Any
+    ) -> Any:
         zero = torch.zeros(len(hidden_states), 20)
         return super().forward(hidden_states, timestep, encoder_hidden_states, zero, return_dict=False)
 
 
-def timed() -> nn.Module:
+def timed() -> Any:
     torch.manual_seed(0)
     return Timed().eval().requires_grad_(False)
 
@@ -58,7 +60,7 @@ def memo_bytes(fast: Any) -> int:
 
 @pytest.mark.parametrize("announce", [True, False], ids=["announced", "bare calls"])
 def test_offloaded_weights_change_no_bit(announce):
-    model = small()
+    model: Any = small()
     plain = [request(model, seed) for seed in (1, 2)]
     fast = ditopt.optimize(model, "lossless", example_inputs=example(), target="eager", release="offload")
     assert fast.release.bytes == memo_bytes(fast) > 0.2 * sum(p.nbytes for p in model.parameters())
@@ -73,7 +75,7 @@ def test_offloaded_weights_change_no_bit(announce):
 
 
 def test_the_original_refuses_until_restored():
-    model = small()
+    model: Any = small()
     plain, hooks = request(model, 1), len(model._forward_pre_hooks)
     fast = ditopt.optimize(model, "lossless", example_inputs=example(), target="eager", release="offload")
     with pytest.raises(SessionError, match=r"out of memory \(release='offload'\).*ditopt.restore"):
@@ -108,7 +110,7 @@ def resident() -> int:
 
 
 def test_a_weight_written_while_away_is_seen():
-    model = small()
+    model: Any = small()
     fast = ditopt.optimize(model, "lossless", example_inputs=example(), target="eager", release="offload")
     request(fast, 1)
     with torch.no_grad():
@@ -145,7 +147,7 @@ def timed_example() -> dict[str, Any]:
 
 
 def test_free_keeps_what_a_prompt_changes():
-    model = small()
+    model: Any = small()
     plain = [request(model, seed) for seed in (1, 2)]
     fast = ditopt.optimize(model, "lossless", example_inputs=example(), target="eager", release="free")
     for seed in (1, 2):
@@ -156,7 +158,7 @@ def test_free_keeps_what_a_prompt_changes():
 
 
 def test_another_signature_brings_the_weights_home_to_be_captured():
-    model = small()
+    model: Any = small()
     fast = ditopt.optimize(model, "lossless", example_inputs=example(), target="eager", release="offload")
     request(fast, 1)
     wide = {**example(size=12), **prompt(3)}
@@ -168,7 +170,7 @@ def test_another_signature_brings_the_weights_home_to_be_captured():
 
 def test_a_pipeline_with_offloaded_weights_samples_the_same_images():
     pipe = zoo.load("digits")
-    settings = {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(0)}
+    settings: dict[str, Any] = {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(0)}
     plain = pipe([3, 7], **settings)
     ditopt.optimize(pipe, "lossless", target="eager", release="offload")
     settings["generator"].manual_seed(0)
