@@ -25,6 +25,7 @@ __all__ = [
     "invoke_subgraph",
     "is_fake",
     "pytree",
+    "weightless",
 ]
 
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
@@ -39,6 +40,13 @@ def is_fake(value: object) -> bool:
 def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode:
     """The one FakeTensorMode that ``values`` belong to, or a fresh one."""
     return detect_fake_mode(list(values)) or FakeTensorMode()
+
+
+def weightless() -> FakeTensorMode:
+    """A mode under which a model is built as shapes and types without memory, and can be captured outside of it."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # imports sympy
+
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[]))
 
 
 def compile_graph(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:

@@ -20,9 +20,8 @@ from typing import Any
 import diffusers
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from ditopt._torch import weightless
 from ditopt.capture import bind, capture
 from ditopt.explanation import binding_shares
 from ditopt.ir.cost import step_flops
@@ -107,7 +106,7 @@ MODELS: dict[str, Callable[[], Call]] = {
 def measure(name: str) -> dict[str, object]:
     """One row of the table. Memory is the peak of the process, so each row wants a process of its own."""
     torch.set_default_dtype(torch.bfloat16)
-    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[])):
+    with weightless():
         model, call = MODELS[name]()
         model.eval()
     began = time.process_time()
