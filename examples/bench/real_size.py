@@ -71,13 +71,6 @@ def sd3_medium() -> Call:
     return model, {"hidden_states": half(1, 16, 128, 128), "timestep": one(), **text}
 
 
-def qwen_image() -> Call:
-    """Qwen-Image at 1024x1024 pixels: 60 double blocks."""
-    text = {"encoder_hidden_states": half(1, 128, 3584), "encoder_hidden_states_mask": torch.ones(1, 128).bool()}
-    call = {"hidden_states": half(1, 4096, 64), "timestep": one(0.5), "img_shapes": [[(1, 64, 64)]], **text}
-    return diffusers.QwenImageTransformer2DModel(), call
-
-
 def wan_14b() -> Call:
     """Wan2.1-14B at 81 frames of 1280x720 pixels: 40 blocks."""
     model = diffusers.WanTransformer3DModel(num_attention_heads=40, attention_head_dim=128, num_layers=40)
@@ -97,7 +90,6 @@ MODELS: dict[str, Callable[[], Call]] = {
     "DiT-XL/2": dit_xl,
     "FLUX.1-dev": flux_dev,
     "SD3-medium": sd3_medium,
-    "Qwen-Image": qwen_image,
     "Wan2.1-14B": wan_14b,
     "PixArt-Sigma": pixart_sigma,
 }
