@@ -78,20 +78,11 @@ def wan_14b() -> Call:
     return model, {"hidden_states": half(1, 16, 21, 90, 160), "timestep": one(), "encoder_hidden_states": text}
 
 
-def pixart_sigma() -> Call:
-    """PixArt-Sigma at 1024x1024 pixels: 28 blocks."""
-    model = diffusers.PixArtTransformer2DModel(sample_size=128)
-    text = {"encoder_hidden_states": half(1, 300, 4096), "encoder_attention_mask": torch.ones(1, 300)}
-    call = {"hidden_states": half(1, 4, 128, 128), "timestep": one(), **text}
-    return model, {**call, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
-
-
 MODELS: dict[str, Callable[[], Call]] = {
     "DiT-XL/2": dit_xl,
     "FLUX.1-dev": flux_dev,
     "SD3-medium": sd3_medium,
     "Wan2.1-14B": wan_14b,
-    "PixArt-Sigma": pixart_sigma,
 }
 
 
