@@ -254,9 +254,15 @@ class Random(Odd):
 
 
 ODD = {
-    Asks: (r"Asks cannot be traced at {file}:{line} \(.*\): .* compute it outside forward and pass it in, or use", 1),
+    Asks: (
+        r"Asks cannot be traced at {file}:{line} \(.*\): .* on the timestep.* Compute it outside forward and pass",
+        1,
+    ),
     Branches: (r"Branches cannot be traced at {file}:{line} \(.*\): .* use torch\.where", 1),
-    Leaves: (r"Leaves cannot be traced at {file}:{line} \(.*\): .* compute it outside forward", 1),
+    Leaves: (
+        r"Leaves cannot be traced at {file}:{line} \(.*\): .* depends on the timestep.* Compute it outside forward",
+        1,
+    ),
     Raises: (r"Raises itself fails for these inputs at {file}:{line} .* RuntimeError: as its author wanted\. Call", 1),
     Counts: (r"Counts changes its attribute calls during forward; .* Make it an input of forward", 0),
     Writes: (r"Writes changes seen during forward .* Pass it in and return it", 0),
