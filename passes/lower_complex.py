@@ -134,7 +134,7 @@ class _Real:
         for name in ("dim0", "dim1"):
             if name in given:
                 given[name] %= rank
-        if "index" in given:
+        if isinstance(given.get("index"), fx.Node):  # gather; select counts with a number
             wide = self._op(node, aten.unsqueeze.default, given["index"], -1)
             given["index"] = self._op(node, aten.expand.default, wide, [*given["index"].meta["val"].shape, 2])
         if given.get("dtype") in REAL:
