@@ -93,12 +93,14 @@ def explain(
     """Structure, binding times and costs of a model, and what each pass of ``recipe`` would do and why not."""
     from ditopt.explanation import explanation
 
-    original = restore(model) if isinstance(model, OptimizedModule) else model
-    if not isinstance(original, nn.Module):
+    if isinstance(model, OptimizedModule):
+        with model.engine.home() as original:
+            return explain(original, recipe, example_inputs=example_inputs, steps=steps, target=target, roles=roles)
+    if not isinstance(model, nn.Module):
         raise BadInput(f"a {type(model).__name__} was given; explain takes an nn.Module, such as a pipeline's denoiser")
     args, kwargs = arguments_of(example_inputs)
-    captured = capture(original, *bind(original, args, kwargs), roles)
-    name = resolve(target, next((p.device for p in original.parameters()), torch.device("cpu")))
+    captured = capture(model, *bind(model, args, kwargs), roles)
+    name = resolve(target, next((p.device for p in model.parameters()), torch.device("cpu")))
     history = PassManager(recipe, Context(name, steps)).run(captured.program)
     return explanation(captured.program, history, name, captured.notes)
 

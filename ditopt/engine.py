@@ -12,7 +12,8 @@ import tempfile
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,16 @@ class Engine:
         self.compiled[self._count] = found
         self._release(found)
         return found
+
+    @contextmanager
+    def home(self) -> Iterator[nn.Module]:
+        """The model with all of its weights in place; afterwards those that left the loop are put away again."""
+        self.shelves.restore()
+        try:
+            yield self.model
+        finally:
+            if self.shelves.mode != "keep" and self.last is not None:
+                self.shelves.put([c.plan.manifest for c in self.compiled.values()], self.last.plan.params())
 
     def _release(self, new: Compiled) -> None:
         """Put away the weights that no compiled step reads."""

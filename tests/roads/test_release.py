@@ -183,6 +183,16 @@ def test_another_signature_brings_the_weights_home_to_be_captured():
         assert torch.equal(ditopt.restore(fast)(**wide)[0], given)
 
 
+def test_explain_leaves_the_weights_where_they_were():
+    model: Any = small()
+    plain = request(model, 1)
+    fast = ditopt.optimize(model, "lossless", example_inputs=example(), target="eager", release="offload")
+    away = fast.release.bytes
+    assert "weights" in ditopt.explain(fast, example_inputs=example(), target="eager")
+    assert fast.release.bytes == away > 0
+    assert torch.equal(request(fast, 1), plain)
+
+
 def test_a_pipeline_with_offloaded_weights_samples_the_same_images():
     pipe = zoo.load("digits")
     settings: dict[str, Any] = {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(0)}
