@@ -119,13 +119,23 @@ class Engine:
                 return self.compiled[number]
         notice(spec, [c.captured.spec for c in self.compiled.values()], broken)
         self.shelves.restore()  # the model runs while it is captured
-        found = self._compile(capture(self.model, spec, tensors, self.roles, self.weights))
+        try:
+            found = self._compile(capture(self.model, spec, tensors, self.roles, self.weights))
+        except BaseException:
+            self._put_away()
+            raise
         self._captured = self._captured or _Snapshot(self.model)
         if len(self.compiled) >= SIGNATURES:
             self._drop(next(iter(self.compiled)))
         self._count += 1
         self.compiled[self._count] = found
-        self._release(found)
+        if not self._put_away() and self.shelves.mode != "keep":
+            warnings.warn(
+                f"release={self.shelves.mode!r} has no effect: no weight left the loop under recipe "
+                f"{str(self.recipe)!r}",
+                DitoptWarning,
+                stacklevel=3,
+            )
         return found
 
     @contextmanager
@@ -135,21 +145,13 @@ class Engine:
         try:
             yield self.model
         finally:
-            if self.shelves.mode != "keep" and self.last is not None:
-                self.shelves.put([c.plan.manifest for c in self.compiled.values()], self.last.plan.params())
+            self._put_away()
 
-    def _release(self, new: Compiled) -> None:
-        """Put away the weights that no compiled step reads."""
-        if self.shelves.mode == "keep":
-            return
-        manifests = [c.plan.manifest for c in self.compiled.values()]
-        if not self.shelves.put(manifests, new.plan.params()):
-            warnings.warn(
-                f"release={self.shelves.mode!r} has no effect: no weight left the loop under recipe "
-                f"{str(self.recipe)!r}",
-                DitoptWarning,
-                stacklevel=4,
-            )
+    def _put_away(self) -> int:
+        """Put away the weights that no compiled step reads; how many."""
+        if self.shelves.mode == "keep" or self.last is None:
+            return 0
+        return self.shelves.put([c.plan.manifest for c in self.compiled.values()], self.last.plan.params())
 
     def _drop(self, number: int) -> None:
         self.session.forget(self.compiled.pop(number).plan)
