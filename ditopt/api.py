@@ -13,7 +13,7 @@ from ditopt.artifact import Manifest
 from ditopt.capture import arguments_of, bind, capture, seal
 from ditopt.codegen.build import describe, export
 from ditopt.codegen.lower import lower, lower_memos
-from ditopt.engine import Engine, describe_for, rewrite, schedule_of
+from ditopt.engine import Engine, describe_for, rewrite, schedule_of, variants
 from ditopt.errors import BadInput
 from ditopt.ir.program import Role
 from ditopt.offload import loaded
@@ -131,9 +131,11 @@ def export_onnx(
     if program.decisions and count is None:
         raise BadInput(f"recipe {str(used)!r} schedules steps, so the export must know how many: pass steps=")
     more = describe_for(captured, history, used, count)
-    lowered = describe(program, lower(program), lower_memos(program), **more)
-    schedule = schedule_of(program, lowered, count, times) if program.decisions and count else None
-    return export(program, Path(path), schedule, **more)
+    rows = variants(program, "onnxruntime", count)
+    lowered = describe(program, lower(program, rows), lower_memos(program), **more)
+    measures = any(d.rule is not None or d.gram for d in program.decisions)
+    schedule = schedule_of(program, lowered, count, times) if program.decisions and count and not measures else None
+    return export(program, Path(path), schedule, rows, **more)
 
 
 def _programs(

@@ -270,7 +270,7 @@ def _export(args: argparse.Namespace) -> None:
     if at is None and args.steps and times is not None:
         at = times(args.steps)
     made = ditopt.export_onnx(model, args.out, args.recipe, example_inputs=kwargs, steps=args.steps, timesteps=at)
-    for graph in [*made.graphs, *made.memo_graphs]:
+    for graph in made.every_graph:
         slots = len({f.ref for f in graph.inputs if f.kind == "state"})
         print(
             f"{graph.file or graph.name}: {len(graph.inputs)} inputs ({slots} of them state), {graph.results} results"

@@ -33,10 +33,13 @@ from ditopt.release import Release, Shelves
 from ditopt.release import check as check_release
 from ditopt.runtime.load import load_onnx
 from ditopt.runtime.memo import fingerprint
-from ditopt.runtime.policy import table
+from ditopt.runtime.policy import distinct, table
 from ditopt.runtime.session import Session
 from ditopt.target import resolve
 from ditopt.valid import Valid, notice
+
+VARIANTS = 8
+"""Step graphs that are compiled of one program; eager ones cost next to nothing and are not counted."""
 
 SIGNATURES = 4
 """Captured signatures that an Engine keeps; the least recently used gives way."""
@@ -175,10 +178,11 @@ class Engine:
         more = describe_for(captured, history, self.recipe, self.steps)
         if self.target == "onnxruntime":
             return self._exported(captured, history, program, more)
-        manifest, run = build(program, self.target, **more)
+        made = build(program, self.target, variants(program, self.target, self.steps), **more)
         if self.shelves.mode != "keep":
-            run = {**run, **self.shelves.executables(program, manifest, self.session.unwatch)}
-        plan = Plan(manifest, run, self._weights_of(program.params), stale=self.shelves.settle)
+            made.run.update(self.shelves.executables(program, made.manifest, self.session.unwatch))
+        weights = self._weights_of(program.params)
+        plan = Plan(made.manifest, made.run, weights, stale=self.shelves.settle, more=made.more)
         return Compiled(captured, history, plan, self._valid(captured))
 
     def _exported(
@@ -190,7 +194,7 @@ class Engine:
         before = fingerprint(weights())
         folder = Path(tempfile.mkdtemp(prefix="ditopt-"))
         try:
-            export(program, folder / "model.onnx", None, **more)
+            export(program, folder / "model.onnx", None, variants(program, self.target, self.steps), **more)
             loaded = load_onnx(folder / "model.onnx", self.session).plan
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -333,6 +337,27 @@ def _complain(history: Sequence[PassResult]) -> None:
 
         if everything or get(result.name).contract == "approximate":
             warnings.warn(f"{result.text} changed nothing: {'; '.join(result.refused)}", DitoptWarning, stacklevel=6)
+
+
+def variants(program: Program, target: str, steps: int | None) -> list[Mapping[str, str]] | None:
+    """The combinations of choices that requests of ``steps`` steps take, each to become a step graph, where that is
+    known beforehand; else None. A DitoptWarning where there are more than ``target`` gets graphs for."""
+    lengths = {len(d.schedule.mask) for d in program.decisions if d.schedule.mask}
+    known = steps or (lengths.pop() if len(lengths) == 1 else None)
+    if known is None or not program.decisions or any(d.rule is not None for d in program.decisions):
+        return None
+    full: Mapping[str, str] = {d.name: "compute" for d in program.decisions}
+    rows = distinct(program.decisions, known)
+    kept = [full, *(r for r in rows if r != full)]
+    if target != "eager" and len(kept) > VARIANTS:
+        kept = kept[:VARIANTS]
+        warnings.warn(
+            f"the schedule has {len(rows)} different steps and target {target!r} gets {VARIANTS} compiled ones: steps "
+            "without one of their own run one that computes more",
+            DitoptWarning,
+            stacklevel=6,
+        )
+    return kept
 
 
 def describe_for(

@@ -101,8 +101,8 @@ def _load_folder(folder: Path, target: str) -> LoadedModel:
     fields = ("recipe", "structure", "steps", "full_flops", "full_block_flops", "extra")
     for result in legalize(program, name):
         program = result.program
-    made, run = build(program, name, **{f: getattr(manifest, f) for f in fields})
-    return LoadedModel(Plan(made, run, lambda: program.params), str(folder))
+    built = build(program, name, **{f: getattr(manifest, f) for f in fields})
+    return LoadedModel(Plan(built.manifest, built.run, lambda: program.params, more=built.more), str(folder))
 
 
 def _sha256(file: Path) -> str:

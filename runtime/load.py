@@ -175,7 +175,7 @@ def _check_files(file: Path, manifest: Manifest) -> None:
             f"{file} is an artifact for target {manifest.target!r}, not for onnxruntime; open it with ditopt.load"
         )
     hashes = manifest.extra.get("sha256")
-    graphs = [g.file for g in (*manifest.graphs, *manifest.memo_graphs)]
+    graphs = [g.file for g in manifest.every_graph]
     if not graphs or not isinstance(hashes, dict) or not set(graphs) <= set(hashes):
         raise ArtifactError(f"{file} is damaged (files without a hash); export the model again")
     for name, expected in hashes.items():

@@ -36,7 +36,7 @@ def ort_executables(folder: str | Path, manifest: Manifest) -> dict[str, Executa
     runs: a variant that no step picks costs nothing. MissingExtra where onnxruntime is absent.
     """
     _onnxruntime()
-    return {graph.name: _Graph(Path(folder), graph) for graph in (*manifest.graphs, *manifest.memo_graphs)}
+    return {graph.name: _Graph(Path(folder), graph) for graph in manifest.every_graph}
 
 
 def _onnxruntime() -> Any:

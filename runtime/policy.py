@@ -1,4 +1,4 @@
-"""When to compute, when to predict, and with which coefficients: pure arithmetic on Python floats.
+"""When to compute, when to predict, and with which coefficients: pure arithmetic on Python numbers.
 
 The same functions serve the Session (one step at a time, from what really ran) and ``table`` (a dry run of a whole
 request, for reports and for the ONNX manifest), so that the printed schedule is the executed one.
@@ -6,18 +6,17 @@ request, for reports and for the ONNX manifest), so that the printed schedule is
 
 from __future__ import annotations
 
-import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ditopt.artifact import StepGraph
 from ditopt.errors import DitoptWarning, SessionError
 from ditopt.ir.program import Decision, Interval, Predictor
+from ditopt.runtime.predict import weights
 
 COMPUTE, REUSE = "compute", "reuse"
-
-_FLOAT32_MAX = 3.4028234663852886e38
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Schedule:
         if self.interval.mask:
             return step >= len(self.interval.mask) or self.interval.mask[step] == "1"
         warm = max(self.interval.first, 1)  # nothing is cached before the first step
-        if step < warm or (step - warm + 1) % self.interval.every == 0:
+        if step < warm or (self.interval.every and (step - warm + 1) % self.interval.every == 0):
             return True
         return self.steps is not None and step >= self.steps - self.interval.last
 
@@ -60,9 +59,9 @@ def schedule(interval: Interval, steps: int | None, name: str = "cache") -> Sche
                 f"run {len(interval.mask)} steps, or optimize again with a mask of {steps} entries or with an interval"
             )
         return Schedule(interval, len(interval.mask))
-    if interval.every < 1 or interval.first < 0 or interval.last < 0:
-        raise SessionError(f"decision {name!r}: {interval} given; every must be at least 1, first and last at least 0")
-    if interval.last and steps is None and interval.every > 1:
+    if interval.every < 0 or interval.first < 0 or interval.last < 0:
+        raise SessionError(f"decision {name!r}: {interval} given; every, first and last must be at least 0")
+    if interval.last and steps is None and interval.every != 1:
         warnings.warn(
             f"decision {name!r} asks that the last {interval.last} steps compute, but the number of steps is unknown, "
             "so they follow the interval; pass steps= to optimize or open a session with steps=",
@@ -70,70 +69,6 @@ def schedule(interval: Interval, steps: int | None, name: str = "cache") -> Sche
             stacklevel=2,
         )
     return Schedule(interval, steps)
-
-
-def weights(predictor: Predictor, anchors: Sequence[float], at: float, name: str = "cache") -> list[float]:
-    """Coefficients w, newest first, length order + 1, of the prediction ``sum(w[i] * value[i])`` at position ``at``.
-
-    ``anchors`` are the positions (step index or timestep, by ``predictor.time``) of the values, newest first, at least
-    one. With fewer than order + 1 distinct positions the order falls and the rest is 0. ``name`` is the decision that
-    an error names: SessionError where a position or a coefficient is not a finite float32.
-
-    hold        the newest value.
-    taylor      TaylorSeer as published: G0 = value, G(i+1) = (Gi at this anchor - Gi at the one before) / d, all orders
-                formed at an anchor dividing by the same newest d; prediction sum Gi k^i / i!, k the distance from the
-                newest anchor. Exact for affine features only.
-    newton, lagrange   the polynomial through the values.
-    """
-    size = predictor.order + 1
-    if not anchors:
-        raise SessionError(f"decision {name!r}: nothing was computed yet, so nothing can be predicted")
-    given = [float(a) for a in anchors[:size]]
-    if not all(math.isfinite(x) for x in [*given, at]):
-        raise SessionError(f"decision {name!r}: positions {given} and {at} given; they must be finite")
-    # A repeated position (Heun evaluates a time twice) carries no slope: its newest value stands for it.
-    kept = [i for i, a in enumerate(given) if a not in given[:i]]
-    positions = [given[i] for i in kept]
-    if predictor.basis == "hold":
-        coefficients = [1.0]
-    elif predictor.basis == "taylor":
-        coefficients = _taylor(positions, at)
-    elif predictor.basis in ("newton", "lagrange"):
-        coefficients = _polynomial(positions, at)
-    else:
-        raise SessionError(
-            f"decision {name!r}: basis {predictor.basis!r} given; hold, taylor, newton or lagrange expected"
-        )
-    result = [0.0] * size
-    for i, c in zip(kept, coefficients, strict=False):  # hold has one coefficient for any number of anchors
-        result[i] = c
-    if not all(abs(w) <= _FLOAT32_MAX for w in result):  # NaN compares false
-        raise SessionError(
-            f"decision {name!r}: predicting {at} from {given} gives the coefficients {result}; they must be finite"
-        )
-    return result
-
-
-def _taylor(positions: Sequence[float], at: float) -> list[float]:
-    n = len(positions)
-    # factor[j] = the current Gi at anchor j as a combination of the values
-    factor = [[float(i == j) for i in range(n)] for j in range(n)]
-    total, term, distance = list(factor[0]), 1.0, at - positions[0]
-    for i in range(1, n):
-        factor = [
-            [(a - b) / (positions[j] - positions[j + 1]) for a, b in zip(factor[j], factor[j + 1], strict=True)]
-            for j in range(n - i)
-        ]
-        term *= distance / i
-        total = [t + term * f for t, f in zip(total, factor[0], strict=True)]
-    return total
-
-
-def _polynomial(positions: Sequence[float], at: float) -> list[float]:
-    return [
-        math.prod((at - other) / (own - other) for j, other in enumerate(positions) if j != i)
-        for i, own in enumerate(positions)
-    ]
 
 
 @dataclass(frozen=True)
@@ -156,19 +91,26 @@ def choose(rule: Schedule, anchors: Sequence[Anchor], step: int) -> str:
     return COMPUTE if any(rule(s) for s in since) else REUSE
 
 
-def coefficients(decision: Decision, anchors: Sequence[Anchor], now: Anchor) -> list[float]:
-    """The predictor's weights for ``decision`` at ``now``; see ``weights``."""
-    predictor = decision.predictor
+def coefficients(
+    decision: Decision,
+    predictor: Predictor,
+    anchors: Sequence[Anchor],
+    now: Anchor,
+    steps: int | None = None,
+    gram: Sequence[Sequence[float]] = (),
+) -> list[float]:
+    """The weights of ``predictor`` (that of ``decision``, or of its rule) at ``now``; see predict.weights."""
     used = list(anchors)
-    if predictor.basis == "taylor" and not decision.schedule.mask:
+    if predictor.basis in ("taylor", "hermite") and not decision.schedule.mask:
         # TaylorSeer forms differences only from step first - 1 on: values older than first - 2 never enter one.
         oldest = decision.schedule.first - 2
         used = [a for i, a in enumerate(anchors) if i == 0 or a.step >= oldest]
+    progress = None if steps is None else min(now.step / max(steps - 1, 1), 1.0)
     if predictor.time == "step":
-        return weights(predictor, [a.step for a in used], now.step, decision.name)
+        return weights(predictor, [a.step for a in used], now.step, decision.name, progress, gram)
     missing = float("nan")  # weights() refuses it in the decision's name
     times = [missing if a.time is None else a.time for a in used]
-    return weights(predictor, times, missing if now.time is None else now.time, decision.name)
+    return weights(predictor, times, missing if now.time is None else now.time, decision.name, progress, gram)
 
 
 def fit(wanted: Mapping[str, str], graphs: Sequence[StepGraph]) -> StepGraph:
@@ -187,8 +129,8 @@ def fit(wanted: Mapping[str, str], graphs: Sequence[StepGraph]) -> StepGraph:
 
 @dataclass(frozen=True)
 class TableRow:
-    """One step of a dry run: decision name -> "compute" | "reuse", decision name -> coefficients (order + 1 of them,
-    newest first; zeros where the step computes)."""
+    """One step of a dry run: decision name -> "compute" | "reuse", decision name -> coefficients (``predictor.size`` of
+    them; zeros where the step computes)."""
 
     step: int
     choices: Mapping[str, str]
@@ -208,6 +150,9 @@ def table(
     """
     if times is not None and len(times) != steps:
         raise SessionError(f"{len(times)} times given for {steps} steps; give one time a step")
+    measured = [d.name for d in decisions if d.rule is not None or d.gram]
+    if measured:
+        raise SessionError(f"{', '.join(measured)}: what it does depends on what a request measures; run one")
     for d in decisions:
         if times is None and d.predictor.time == "timestep" and d.predictor.basis != "hold":
             raise SessionError(
@@ -224,9 +169,35 @@ def table(
         row: dict[str, list[float]] = {}
         for d in decisions:
             if choices[d.name] == REUSE:
-                row[d.name] = coefficients(d, anchors[d.name], now)
+                row[d.name] = coefficients(d, d.predictor, anchors[d.name], now, steps)
             else:
-                row[d.name] = [0.0] * (d.predictor.order + 1)
-                anchors[d.name] = [now, *anchors[d.name]][: d.predictor.order + 1]
+                row[d.name] = [0.0] * d.predictor.size
+                anchors[d.name] = [now, *anchors[d.name]][: d.depth]
         rows.append(TableRow(step, choices, row))
     return rows
+
+
+def distinct(decisions: Sequence[Decision], steps: int) -> list[Mapping[str, str]]:
+    """The combinations of choices that a request of ``steps`` steps takes, the most frequent first."""
+    rules = {d.name: schedule(d.schedule, steps, d.name) for d in decisions}
+    rows = [tuple(COMPUTE if step == 0 or rule(step) else REUSE for rule in rules.values()) for step in range(steps)]
+    return [dict(zip(rules, row, strict=True)) for row, _ in Counter(rows).most_common()]
+
+
+def last_uses(decisions: Sequence[Decision], steps: int) -> dict[str, dict[int, int]]:
+    """For each decision whose schedule is static: the step that computed a value -> the last step that reads it.
+
+    Values that no step reads are absent: they need not be kept.
+    """
+    found: dict[str, dict[int, int]] = {}
+    for d in decisions:
+        if d.rule is not None or d.gram or d.predictor.window:
+            continue
+        rule, anchors = schedule(d.schedule, steps, d.name), [0]
+        uses = found.setdefault(d.name, {})
+        for step in range(1, steps):
+            if rule(step):
+                anchors = [step, *anchors][: d.predictor.anchors]
+            else:
+                uses.update(dict.fromkeys(anchors, step))
+    return found

@@ -105,7 +105,7 @@ def export_artifact(
 ) -> Manifest:
     """Write the family of files described above beside ``path`` (``<stem>.onnx``); the manifest as it was written.
 
-    ``modules`` and ``examples`` are by ``StepGraph.name`` and cover ``graphs`` and ``memo_graphs``; see export_graph.
+    ``modules`` and ``examples`` are by ``StepGraph.name`` and cover ``Manifest.every_graph``; see export_graph.
     ``schedule`` lists for every step ``{"graph": name, "weights": {control name: [numbers]}}``: a driver without ditopt
     then needs no policy. Graphs get their ``file`` and lose their "param" formals (the file carries the weights);
     ``extra`` gets ``weights_file``, ``sha256`` (by file name) and ``schedule``. Everything is written to a temporary
@@ -130,7 +130,7 @@ def export_artifact(
     try:
         store = WeightStore(weights_file)
         memo_values = {memo.function: memo.values for memo in manifest.memos}
-        for graph in (*manifest.graphs, *manifest.memo_graphs):
+        for graph in manifest.every_graph:
             names = memo_values.get(graph.name, manifest.outputs)
             export_graph(
                 graph,
@@ -146,6 +146,7 @@ def export_artifact(
             manifest,
             graphs=tuple(_written(g, files) for g in manifest.graphs),
             memo_graphs=tuple(_written(g, files) for g in manifest.memo_graphs),
+            probe=None if manifest.probe is None else _written(manifest.probe, files),
             target="onnxruntime",
             extra={
                 **{k: v for k, v in manifest.extra.items() if k != "device"},  # the files run on any
@@ -173,7 +174,8 @@ def _written(graph: StepGraph, files: Mapping[str, str]) -> StepGraph:
 def _file_names(manifest: Manifest, stem: str) -> dict[str, str]:
     """Graph name -> file name; two graphs never share one."""
     files: dict[str, str] = {}
-    for kind, graphs in (("", manifest.graphs), ("memo.", manifest.memo_graphs)):
+    probe = (manifest.probe,) if manifest.probe is not None else ()
+    for kind, graphs in (("", (*manifest.graphs, *probe)), ("memo.", manifest.memo_graphs)):
         for graph in graphs:
             tag = kind + re.sub(r"[^A-Za-z0-9_.-]+", "_", graph.name)
             name = f"{stem}.onnx" if graph is manifest.graphs[0] else f"{stem}.{tag}.onnx"

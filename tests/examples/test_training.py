@@ -35,12 +35,13 @@ def randomized(name: str):
 def train(checkpoint, minutes=1.0):
     torch.manual_seed(0)
     model = nn.Linear(3, 3)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
 
     def loss(step, generator):
         x = torch.randn(8, 3, generator=generator)
         return (model(x) - x.flip(1)).square().mean()
 
-    fit(model, loss, steps=7, minutes=minutes, checkpoint=checkpoint, matrices=[model.weight])
+    fit(model, loss, steps=7, minutes=minutes, checkpoint=checkpoint, matrices=matrices)
     return model.state_dict()
 
 
