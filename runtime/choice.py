@@ -45,7 +45,7 @@ class Choice:
 def forecasts(ready: Ready, memory: Memory, now: Anchor) -> dict[str, Sequence[float]]:
     """The control inputs that a probe reads: the coefficients of the forecasts whose error it measures."""
     found: dict[str, Sequence[float]] = {}
-    for d in ready.manifest.decisions:
+    for d in ready.decisions:
         if d.rule is not None and d.rule.weights:
             before = memory.anchors.get(d.name, ())
             told = coefficients(d, d.rule.predictor, before, now, ready.steps) if before else None
@@ -55,7 +55,7 @@ def forecasts(ready: Ready, memory: Memory, now: Anchor) -> dict[str, Sequence[f
 
 def choose_step(ready: Ready, rules: Mapping[str, Schedule], memory: Memory, now: Anchor, read: Read) -> Choice:
     """Decide step ``now`` of a branch with ``memory``, by the schedules ``rules`` of the decisions."""
-    decisions = ready.manifest.decisions
+    decisions = ready.decisions
     wanted = {d.name: choose(rules[d.name], memory.anchors.get(d.name, ()), now.step) for d in decisions}
     wanted, courses, measured = _by_rules(decisions, wanted, memory.courses, read)
     graph = ready.variant(wanted)
@@ -110,7 +110,7 @@ def still_used(ready: Ready, memory: Memory, step: int) -> tuple[Memory, set[str
     """``memory`` after ``step`` without values that no later step of a static schedule reads, and the slots that held
     them."""
     anchors, gone = dict(memory.anchors), set[str]()
-    for d in ready.manifest.decisions:
+    for d in ready.decisions:
         uses = ready.last_uses().get(d.name)
         if uses is None or d.name not in anchors:
             continue

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ditopt.artifact import Plan, StepGraph
 from ditopt.errors import DitoptWarning, SessionError
-from ditopt.ir.program import TensorType
+from ditopt.ir.program import Interval, TensorType
 from ditopt.runtime.memo import Memos
 from ditopt.runtime.policy import Schedule, fit, last_uses, schedule
 
@@ -18,12 +19,13 @@ _AGAIN = "optimize the model again for these inputs"
 
 
 class Ready:
-    """``names``: input names by role; ``graphs``: step and memo graphs by name; ``models``: slots that outlive
-    requests; ``lasting``: their values; ``reads_time``: whether every call has to read the timestep; ``steps``: of the
-    request whose ``rules`` were asked last."""
+    """``decisions``: those of the manifest, or rescheduled; ``names``: input names by role; ``graphs``: step and memo
+    graphs by name; ``models``: slots that outlive requests; ``lasting``: their values; ``reads_time``: whether every call
+    has to read the timestep; ``steps``: of the request whose ``rules`` were asked last."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.manifest = plan, plan.manifest
+        self.decisions = plan.manifest.decisions
         self.memos = Memos(plan.manifest)
         self.graphs = {g.name: g for g in plan.manifest.every_graph}
         self.names: dict[str, list[str]] = {role: [] for role in ("latent", "timestep", "prompt", "shape")}
@@ -45,6 +47,17 @@ class Ready:
         self._late = False
         self._device: torch.device | None = None
         self._control: dict[tuple[str, tuple[float, ...], torch.device], Tensor] = {}
+
+    def reschedule(self, masks: Mapping[str, str]) -> None:
+        """Follow these masks, by decision, in place of the schedules that the model was compiled with."""
+        unknown = set(masks) - {d.name for d in self.manifest.decisions}
+        if unknown:
+            known = ", ".join(d.name for d in self.manifest.decisions) or "none"
+            raise SessionError(f"there is no decision {', '.join(sorted(unknown))}; there are: {known}")
+        self.decisions = tuple(
+            replace(d, schedule=Interval(mask=masks[d.name])) if d.name in masks else d for d in self.manifest.decisions
+        )
+        self._rules, self._uses = {}, {}
 
     def by_role(self, given: Mapping[str, Tensor], role: str) -> list[Tensor]:
         """The inputs of one role, in the manifest's order."""
@@ -79,10 +92,10 @@ class Ready:
 
     def rules(self, declared: int | None) -> dict[str, Schedule]:
         """The schedule of each decision for a request of ``declared`` steps (None: as many as the manifest says)."""
-        planned = self.manifest.steps or max((len(d.schedule.mask) for d in self.manifest.decisions), default=0) or None
+        planned = self.manifest.steps or max((len(d.schedule.mask) for d in self.decisions), default=0) or None
         self.steps = declared or planned
         if self.steps not in self._rules:
-            made = {d.name: schedule(d.schedule, self.steps, d.name) for d in self.manifest.decisions}
+            made = {d.name: schedule(d.schedule, self.steps, d.name) for d in self.decisions}
             if declared and planned and declared != planned and made:
                 warnings.warn(
                     f"this request runs {declared} steps and the model was optimized for {planned}: the schedule was "
@@ -107,7 +120,7 @@ class Ready:
         """For each decision with a static schedule of known length: the last step that reads a value, by the step that
         computed it."""
         if self.steps not in self._uses:
-            self._uses[self.steps] = last_uses(self.manifest.decisions, self.steps) if self.steps else {}
+            self._uses[self.steps] = last_uses(self.decisions, self.steps) if self.steps else {}
         return self._uses[self.steps]
 
     def warn_late(self, step: int) -> None:

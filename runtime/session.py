@@ -72,6 +72,7 @@ class Session:
         self._ledger = Ledger()
         self._patience = Patience()
         self._announced: Sequence[float] | Tensor | None = None
+        self._masks: dict[str, str] = {}
 
     @property
     def schedule_rows(self) -> list[Row]:
@@ -122,6 +123,14 @@ class Session:
             del self._plans[key]
             self._branches = {k: b for k, b in self._branches.items() if k[0] != key}
             self._checked.discard(key)
+
+    def reschedule(self, masks: Mapping[str, str]) -> None:
+        """From the next request on, follow these masks (decision name -> one digit a step) in place of the schedules
+        that the model was compiled with; {} goes back to them. For searches: nothing is compiled again."""
+        self.close_request()
+        self._masks = dict(masks)
+        for ready in self._plans.values():
+            ready.reschedule(self._masks)
 
     def unwatch(self, names: Collection[str]) -> None:
         """These weights are gone for good; what was computed from them stays."""
@@ -176,7 +185,9 @@ class Session:
     def _ready(self, plan: Plan) -> Ready:
         found = self._plans.get(id(plan))  # the entry holds the plan, so its id is not another's
         if found is None:
-            found = self._plans[id(plan)] = Ready(plan)
+            found = Ready(plan)
+            found.reschedule(self._masks)
+            self._plans[id(plan)] = found
         self._plans.move_to_end(id(plan))
         if len(self._plans) > 8:
             self.forget(next(iter(self._plans.values())).plan)
