@@ -20,8 +20,8 @@ _AGAIN = "optimize the model again for these inputs"
 
 class Ready:
     """``decisions``: those of the manifest, or rescheduled; ``names``: input names by role; ``graphs``: step and memo
-    graphs by name; ``models``: slots that outlive requests; ``lasting``: their values; ``reads_time``: whether every call
-    has to read the timestep; ``steps``: of the request whose ``rules`` were asked last."""
+    graphs by name; ``models``: slots that outlive requests; ``lasting``: their values; ``reads_time``: whether every
+    call has to read the timestep; ``steps``: of the request whose ``rules`` were asked last."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.manifest = plan, plan.manifest
