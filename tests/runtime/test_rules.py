@@ -1,0 +1,117 @@
+"""Host decisions by rules: thresholds, sums, books, guards, and liveness of what static schedules keep."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from ditopt.errors import SessionError
+from ditopt.ir.program import Decision, Interval, Predictor, Rule
+from ditopt.runtime.policy import distinct, last_uses, schedule
+from ditopt.runtime.rules import Course, asks, decide, shaped
+
+
+def run(rule: Rule, signals) -> str:
+    """The mask that a rule makes of a series of signals: 1 computes."""
+    course, out = Course(), ""
+    for signal in signals:
+        reuse, course = decide(rule, course, signal if asks(rule, course) else None)
+        out += "0" if reuse else "1"
+    return out
+
+
+def test_below_reuses_while_the_signal_is_small():
+    assert run(Rule("s", "below", 0.1), [0.05, 0.1, 0.09, 0.2, 0.0]) == "01010"
+
+
+def test_a_threshold_of_zero_never_reuses():
+    assert run(Rule("s", "below", 0.0), [0.0, 0.1, 0.0]) == "111"
+    assert run(Rule("s", "sum", 0.0), [0.0, 0.1, 0.0]) == "111"
+
+
+def test_sum_adds_up_and_starts_anew_when_a_step_computes():
+    assert run(Rule("s", "sum", 0.5), [0.2, 0.2, 0.2, 0.2, 0.2, 0.2]) == "001001"
+
+
+def test_a_polynomial_is_applied_to_the_clamped_signal_and_never_negative():
+    rule = Rule("s", "sum", 1.0, polynomial=(2.0, -1.0, 0.5), domain=(0.1, 0.3))
+    assert shaped(rule, 0.2) == pytest.approx(2 * 0.04 - 0.2 + 0.5)
+    assert shaped(rule, 9.0) == pytest.approx(2 * 0.09 - 0.3 + 0.5)
+    assert shaped(Rule("s", polynomial=(1.0, -5.0)), 1.0) == 0.0
+
+
+def test_guards_bound_runs_totals_and_budgets():
+    signals = [0.05] * 8
+    assert run(Rule("s", "below", 0.1, longest=2), signals) == "00100100"
+    assert run(Rule("s", "below", 0.1, most=3), signals) == "00011111"
+    assert run(Rule("s", "below", 0.1, budget=0.12), signals) == "00100100"
+
+
+def test_a_guard_that_forbids_reuse_reads_nothing():
+    rule = Rule("s", "below", 0.1, longest=1)
+    assert asks(rule, Course())
+    assert not asks(rule, Course(run=1))
+
+
+def test_a_book_grants_steps_by_the_change_per_step_held():
+    rule = Rule("s", "book", lag=True, book=((0.1, 3.0), (0.2, 2.0), (math.inf, 1.0)))
+    course, read = Course(), []
+    out = ""
+    for signal in (0.05, None, None, None, 0.45, None, None, 0.9, None):
+        if asks(rule, course):
+            read.append(signal)
+        reuse, course = decide(rule, course, signal if asks(rule, course) else None)
+        out += "0" if reuse else "1"
+    # 0.05 grants 3; 0.45 / 3 held = 0.15 grants 2; 0.9 / 2 held = 0.45 grants 1
+    assert out == "000100101"
+    assert read == [0.05, 0.45, 0.9]
+
+
+def test_a_signal_that_is_no_number_is_an_error_that_names_the_decision():
+    with pytest.raises(SessionError, match=r"'early'.*NaN"):
+        decide(Rule("s", "below", 0.1), Course(), math.nan, "early")
+
+
+# -- static schedules --------------------------------------------------------------------------------------------------
+
+
+def decision(mask: str, predictor: Predictor = Predictor(), name: str = "c") -> Decision:  # noqa: B008
+    return Decision(name, ("blocks.0",), Interval(mask=mask), predictor, (), "")
+
+
+def test_last_uses_against_a_count_of_what_each_reused_step_reads():
+    rng = random.Random(0)
+    for _ in range(60):
+        mask = "1" + "".join(rng.choice("01") for _ in range(11))
+        predictor = rng.choice([Predictor(), Predictor("taylor", 2), Predictor("ab2")])
+        want: dict[int, int] = {}
+        for step, digit in enumerate(mask):
+            if digit == "0":
+                for a in [i for i in range(step) if mask[i] == "1"][::-1][: predictor.anchors]:
+                    want[a] = step
+        assert last_uses([decision(mask, predictor)], len(mask))["c"] == want
+
+
+def test_values_of_a_schedule_without_reuse_are_never_kept():
+    assert last_uses([decision("1111")], 4) == {"c": {}}
+
+
+def test_a_decision_that_is_measured_has_no_last_uses():
+    ruled = Decision("c", (), Interval(0), Predictor(), (), "", rule=Rule("s"))
+    window = Decision("d", (), Interval(2), Predictor("foca"), (), "d.weights")
+    assert last_uses([ruled, window], 8) == {}
+
+
+def test_distinct_rows_are_those_that_a_request_takes():
+    found = distinct([decision("110100", name="a"), decision("101100", name="b")], 6)
+    assert found[0] in ({"a": "compute", "b": "compute"}, {"a": "reuse", "b": "reuse"})
+    pairs = {(row["a"], row["b"]) for row in found}
+    assert pairs == {("compute", "compute"), ("compute", "reuse"), ("reuse", "compute"), ("reuse", "reuse")}
+    assert len(found) == 4
+
+
+def test_no_cadence_means_that_only_the_ends_must_compute():
+    rule = schedule(Interval(0, 2, 1), 8)
+    assert [rule(s) for s in range(8)] == [True, True, False, False, False, False, False, True]
