@@ -236,7 +236,7 @@ def test_the_systems_differ():
     [
         (lambda: fora(10, 0), "interval=0"),
         (lambda: fora(0, 3), "steps=0"),
-        (lambda: fora(10, 2.5), "interval=2.5"),
+        (lambda: fora(10, 2.5), "interval=2.5"),  # type: ignore[arg-type]
         (lambda: taylorseer(10, 3, 0), "first=0"),
         (lambda: deepcache(10, 3, 10), "center=10 given; expected a whole number from 0 to 9"),
         (lambda: deepcache(10, 11, 3), "interval=11"),

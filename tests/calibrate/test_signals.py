@@ -96,7 +96,7 @@ def test_fit_is_the_least_squares_one():
 
 def teacache_run(signal, rescale, threshold, first, last):
     """The state machine of the running system: it sees values, not changes."""
-    steps, mask, acc, before = len(signal), "", 0.0, None
+    steps, mask, acc, before = len(signal), "", 0.0, signal[0]
     for s, now in enumerate(signal):
         if s < first or s >= steps - last:
             compute, acc = True, 0.0
@@ -134,9 +134,10 @@ def test_teacache_of_flux_never_skips_twice_below_the_smallest_value():
 
 def easycache_run(x, o, threshold, first, last):
     """As the authors' code keeps its state: what was computed before, what was seen before."""
-    steps, mask, acc, k = len(x), "", 0.0, None
-    seen = newest_x = newest_o = None
-    for s in range(steps):
+    steps, mask, acc, k = len(x), "1", 0.0, None
+    seen = newest_x = x[0]
+    newest_o = o[0]
+    for s in range(1, steps):
         compute = s < first or s >= steps - last or k is None
         if compute:
             acc = 0.0
@@ -146,8 +147,7 @@ def easycache_run(x, o, threshold, first, last):
                 compute, acc = True, 0.0
         seen = x[s]
         if compute:
-            if newest_o is not None:
-                k = np.mean(np.abs(o[s] - newest_o)) / np.mean(np.abs(x[s] - newest_x))
+            k = np.mean(np.abs(o[s] - newest_o)) / np.mean(np.abs(x[s] - newest_x))
             newest_x, newest_o = x[s], o[s]
         mask += "1" if compute else "0"
     return mask
