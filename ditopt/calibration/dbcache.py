@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ditopt.calibrate.mask import check
-from ditopt.calibrate.scm import scm_policy
+from ditopt.calibration.mask import check
+from ditopt.calibration.scm import scm_policy
 from ditopt.errors import BadInput, DitoptWarning, RecipeError, require
 
 SECTIONS = ("parallelism_config", "quantize_config", "attention_backend")

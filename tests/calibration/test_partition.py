@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from ditopt.calibrate.mask import anchors, check, computed, text
-from ditopt.calibrate.partition import (
+from ditopt.calibration.mask import anchors, check, computed, text
+from ditopt.calibration.partition import (
     bac,
     bubbling_union,
     cachequant,

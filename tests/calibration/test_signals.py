@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from ditopt.calibrate.mask import computed
-from ditopt.calibrate.signals import (
+from ditopt.calibration.mask import computed
+from ditopt.calibration.signals import (
     ADACACHE,
     TEACACHE,
     Rescale,

@@ -1,6 +1,6 @@
 """Closed-form schedules: systems whose steps follow from a few numbers, without a recording.
 
-Each function returns a mask of ``steps`` digits (ditopt/calibrate/mask.py), or one for each thing that it schedules.
+Each function returns a mask of ``steps`` digits (ditopt/calibration/mask.py), or one for each thing that it schedules.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from ditopt.calibrate.mask import real, text, times, whole
+from ditopt.calibration.mask import real, text, times, whole
 from ditopt.errors import BadInput
 
 # -- every N steps -----------------------------------------------------------------------------------------------------

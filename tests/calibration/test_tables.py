@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from ditopt.calibrate.search import nsga2
-from ditopt.calibrate.tables import ecad, genome_masks, harmonica, learning_to_cache, read_scores, region_masks
+from ditopt.calibration.search import nsga2
+from ditopt.calibration.tables import ecad, genome_masks, harmonica, learning_to_cache, read_scores, region_masks
 from ditopt.errors import RecipeError
 
 LOGITS = np.array([[-9.0, -9, -9, -9], [2, -3, -2.1, -2.3], [-3, 0, 5, -9], [-2, -3, -3, 1]])

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ditopt.calibrate.mask import Floats, real, recording, text, whole
+from ditopt.calibration.mask import Floats, real, recording, text, whole
 from ditopt.errors import BadInput
 
 

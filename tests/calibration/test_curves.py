@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from ditopt.calibrate.curves import (
+from ditopt.calibration.curves import (
     FLUX_RATIOS,
     lookahead,
     magcache,
@@ -15,7 +15,7 @@ from ditopt.calibrate.curves import (
     smoothcache,
     smoothcache_by_type,
 )
-from ditopt.calibrate.mask import computed
+from ditopt.calibration.mask import computed
 from ditopt.errors import BadInput
 
 

@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from ditopt.calibrate.mask import anchors, computed
-from ditopt.calibrate.partition import l1_distance, partition, segments
-from ditopt.calibrate.search import Progress, best_mask, crowding, non_dominated, nsga2, repaired, spread
+from ditopt.calibration.mask import anchors, computed
+from ditopt.calibration.partition import l1_distance, partition, segments
+from ditopt.calibration.search import Progress, best_mask, crowding, non_dominated, nsga2, repaired, spread
 from ditopt.errors import BadInput
 
 

@@ -1,7 +1,7 @@
 """Closed-form corrections of reused values: CacheQuant's decoupled error correction, ERTACache's rectification and its
 redistributed time steps.
 
-Both corrections are an affine map a step and channel, ``corrected = scale * reused + offset``. CacheQuant fits it to
+Both corrections are an affine map a step and channel, ``corrected = scale * reused + shift``. CacheQuant fits it to
 the truth and bounds the scale; ERTACache fits the error, without a bound, and changes the size of the steps too.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ditopt.calibrate.mask import Floats, alike, anchors, check, numbers, real, recording, relative_l1, text
+from ditopt.calibration.mask import Floats, alike, anchors, check, numbers, real, recording, relative_l1, text
 from ditopt.errors import BadInput
 
 _FLAT = 1e-12
@@ -27,26 +27,26 @@ def held(values: ArrayLike, mask: str) -> Floats:
 
 
 def affine(truth: ArrayLike, reused: ArrayLike) -> tuple[Floats, Floats]:
-    """CacheQuant's decoupled error correction (arXiv 2503.01323) of one step: (..., C) twice -> scale, offset (C,).
+    """CacheQuant's decoupled error correction (arXiv 2503.01323) of one step: (..., C) twice -> scale, shift (C,).
 
     ``scale = cov(truth, reused) / var(reused)``, bounded to [0, 2], and 1 for a channel that is constant;
-    ``offset = mean(truth) - scale * mean(reused)``. The mean squared error on what it was fitted to never grows.
+    ``shift = mean(truth) - scale * mean(reused)``. The mean squared error on what it was fitted to never grows.
     """
-    scale, offset = _slope(*_pair(truth, reused), flat=1.0, low=0.0, high=2.0)
-    return scale, offset
+    scale, shift = _slope(*_pair(truth, reused), flat=1.0, low=0.0, high=2.0)
+    return scale, shift
 
 
 def decoupled(values: ArrayLike, mask: str) -> tuple[Floats, Floats]:
-    """CacheQuant's tables for a schedule of one region: (N, T, P, C) -> scale (T, C), offset (T, C).
+    """CacheQuant's tables for a schedule of one region: (N, T, P, C) -> scale (T, C), shift (T, C).
 
     1 and 0 at computed steps; at the others ``affine`` of the recorded value and the one that is reused.
     """
     truth = recording(values)
     reused = held(truth, mask)
-    scale, offset = np.ones(truth.shape[1::2]), np.zeros(truth.shape[1::2])
+    scale, shift = np.ones(truth.shape[1::2]), np.zeros(truth.shape[1::2])
     for step in (s for s, digit in enumerate(mask) if digit == "0"):
-        scale[step], offset[step] = affine(truth[:, step], reused[:, step])
-    return scale, offset
+        scale[step], shift[step] = affine(truth[:, step], reused[:, step])
+    return scale, shift
 
 
 def _pair(truth: ArrayLike, reused: ArrayLike) -> tuple[Floats, Floats]:
@@ -58,7 +58,7 @@ def _pair(truth: ArrayLike, reused: ArrayLike) -> tuple[Floats, Floats]:
 
 
 def _slope(y: Floats, x: Floats, flat: float, low: float = -np.inf, high: float = np.inf) -> tuple[Floats, Floats]:
-    """Least squares ``y = slope * x + offset`` a column, the slope bounded, and ``flat`` where x is constant."""
+    """Least squares ``y = slope * x + shift`` a column, the slope bounded, and ``flat`` where x is constant."""
     mean_x, mean_y = x.mean(axis=0), y.mean(axis=0)
     variance = ((x - mean_x) ** 2).mean(axis=0)
     known = variance > _FLAT * (x**2).mean(axis=0)
@@ -75,14 +75,14 @@ class Erta:
     """ERTACache's tables for T steps.
 
     ``mask``: its schedule. ``phi``: (T,) by how much a reused step is shortened. ``sigmas``: (T + 1,) the times to run
-    at, ending at the given end. ``scale``, ``offset``: (T, C), ``v = scale * reused + offset``.
+    at, ending at the given end. ``scale``, ``shift``: (T, C), ``v = scale * reused + shift``.
     """
 
     mask: str
     phi: Floats
     sigmas: Floats
     scale: Floats
-    offset: Floats
+    shift: Floats
 
 
 def erta_mask(residual: ArrayLike, threshold: float) -> str:
@@ -148,20 +148,20 @@ def redistributed(sigmas: ArrayLike, shortening: ArrayLike) -> Floats:
 
 
 def rectify(outputs: ArrayLike, reused: ArrayLike, mask: str) -> tuple[Floats, Floats]:
-    """ERTACache's closed-form rectification: (N, T, P, C) twice -> scale (T, C), offset (T, C).
+    """ERTACache's closed-form rectification: (N, T, P, C) twice -> scale (T, C), shift (T, C).
 
     The error ``reused - v`` is regressed on ``reused`` (slope ``K = cov / var``, intercept B) and taken off, hence
-    ``scale = 1 - K`` and ``offset = -B``; 1 and 0 at computed steps. A channel that is constant keeps its scale of 1.
+    ``scale = 1 - K`` and ``shift = -B``; 1 and 0 at computed steps. A channel that is constant keeps its scale of 1.
     """
     v, other = recording(outputs, "outputs"), recording(reused, "reused outputs")
     alike(v, other, "outputs and reused outputs")
     check(mask, v.shape[1])
-    scale, offset = np.ones(v.shape[1::2]), np.zeros(v.shape[1::2])
+    scale, shift = np.ones(v.shape[1::2]), np.zeros(v.shape[1::2])
     for step in (s for s, digit in enumerate(mask) if digit == "0"):
         true, guess = _pair(v[:, step], other[:, step])
         slope, intercept = _slope(guess - true, guess, flat=0.0)
-        scale[step], offset[step] = 1.0 - slope, -intercept
-    return scale, offset
+        scale[step], shift[step] = 1.0 - slope, -intercept
+    return scale, shift
 
 
 def ertacache(inputs: ArrayLike, outputs: ArrayLike, sigmas: ArrayLike, threshold: float) -> Erta:
@@ -169,8 +169,8 @@ def ertacache(inputs: ArrayLike, outputs: ArrayLike, sigmas: ArrayLike, threshol
     x, v = _trajectory(inputs, outputs)
     mask = erta_mask(v - x, threshold)
     shortening = phi(x, v, mask)
-    scale, offset = rectify(v, reused_outputs(x, v, mask), mask)
-    return Erta(mask, shortening, redistributed(sigmas, shortening), scale, offset)
+    scale, shift = rectify(v, reused_outputs(x, v, mask), mask)
+    return Erta(mask, shortening, redistributed(sigmas, shortening), scale, shift)
 
 
 def _trajectory(inputs: ArrayLike, outputs: ArrayLike) -> tuple[Floats, Floats]:

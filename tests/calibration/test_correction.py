@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ditopt.calibrate.correction import (
+from ditopt.calibration.correction import (
     affine,
     decoupled,
     erta_mask,
@@ -39,63 +39,63 @@ def test_affine_is_the_bounded_least_squares_fit(seed):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(6, 7, 8)) * rng.uniform(0.1, 3, size=8)
     y = x * rng.uniform(-1, 3, size=8) + rng.normal(size=8) + 0.3 * rng.normal(size=x.shape)
-    scale, offset = affine(y, x)
+    scale, shift = affine(y, x)
     bounded = 0
     for c in range(8):
         slope, _ = np.polyfit(x[..., c].ravel(), y[..., c].ravel(), 1)
         bounded += not 0 <= slope <= 2
         assert scale[c] == pytest.approx(min(max(slope, 0), 2))
-        assert offset[c] == pytest.approx(y[..., c].mean() - scale[c] * x[..., c].mean())
+        assert shift[c] == pytest.approx(y[..., c].mean() - scale[c] * x[..., c].mean())
     assert bounded
-    assert (mse(scale * x + offset, y) <= mse(x, y)).all()
+    assert (mse(scale * x + shift, y) <= mse(x, y)).all()
 
 
 def test_affine_of_a_constant_channel_moves_it():
     y = np.random.default_rng(0).normal(size=(9, 2))
-    scale, offset = affine(y, np.full((9, 2), 1e6 / 3))
+    scale, shift = affine(y, np.full((9, 2), 1e6 / 3))
     np.testing.assert_array_equal(scale, [1, 1])
-    np.testing.assert_allclose(offset, y.mean(axis=0) - 1e6 / 3)
+    np.testing.assert_allclose(shift, y.mean(axis=0) - 1e6 / 3)
 
 
 def test_decoupled_tables():
     v = walk(1)
-    scale, offset = decoupled(v, MASK)
-    assert scale.shape == offset.shape == (7, 5)
+    scale, shift = decoupled(v, MASK)
+    assert scale.shape == shift.shape == (7, 5)
     old = held(v, MASK)
     for step, digit in enumerate(MASK):
         if digit == "1":
             assert (scale[step] == 1).all()
-            assert (offset[step] == 0).all()
+            assert (shift[step] == 0).all()
         else:
             a, b = affine(v[:, step], old[:, step])
-            np.testing.assert_array_equal([scale[step], offset[step]], [a, b])
+            np.testing.assert_array_equal([scale[step], shift[step]], [a, b])
             assert (mse(a * old[:, step] + b, v[:, step]) < mse(old[:, step], v[:, step])).all()
 
 
 def test_rectification_is_not_bounded_and_nulls_an_affine_error():
     v, true_scale = walk(2), 4.0
     guess = (v - 0.7) / true_scale
-    scale, offset = rectify(v, guess, MASK)
+    scale, shift = rectify(v, guess, MASK)
     for step, digit in enumerate(MASK):
         if digit == "0":
             np.testing.assert_allclose(scale[step], true_scale)  # the other correction stops at 2
-            np.testing.assert_allclose(offset[step], 0.7)
+            np.testing.assert_allclose(shift[step], 0.7)
             assert (affine(v[:, step], guess[:, step])[0] == 2).all()
-            np.testing.assert_allclose(scale[step] * guess[:, step] + offset[step], v[:, step])
+            np.testing.assert_allclose(scale[step] * guess[:, step] + shift[step], v[:, step])
         else:
             assert (scale[step] == 1).all()
-            assert (offset[step] == 0).all()
+            assert (shift[step] == 0).all()
 
 
 def test_rectification_is_the_regression_of_the_error():
     v, x = walk(3), walk(4)
     guess = reused_outputs(x, v, MASK)
-    scale, offset = rectify(v, guess, MASK)
+    scale, shift = rectify(v, guess, MASK)
     step, c = 4, 2
     t, e = guess[:, step, :, c].ravel(), (guess - v)[:, step, :, c].ravel()
     k = np.cov(t, e, bias=True)[0, 1] / np.var(t)
     assert scale[step, c] == pytest.approx(1 - k)
-    assert offset[step, c] == pytest.approx(-(e.mean() - k * t.mean()))
+    assert shift[step, c] == pytest.approx(-(e.mean() - k * t.mean()))
     np.testing.assert_allclose(guess[:, step], x[:, step] + v[:, 3] - x[:, 3])
 
 
@@ -162,12 +162,12 @@ def test_ertacache_puts_the_tables_together():
     assert exact.mask == "1" * 7
     np.testing.assert_allclose(exact.sigmas, sigmas)
     assert (exact.scale == 1).all()
-    assert (exact.offset == 0).all()
+    assert (exact.shift == 0).all()
     erta = ertacache(x, v, sigmas, 1.2)
     assert "0" in erta.mask
     np.testing.assert_array_equal(erta.phi, phi(x, v, erta.mask))
     guess = reused_outputs(x, v, erta.mask)
-    better = erta.scale[:, None] * guess + erta.offset[:, None]
+    better = erta.scale[:, None] * guess + erta.shift[:, None]
     reused = [s for s, digit in enumerate(erta.mask) if digit == "0"]
     assert ((better - v)[:, reused] ** 2).mean() < ((guess - v)[:, reused] ** 2).mean()
 

@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 
-from ditopt.calibrate.dbcache import DBCacheSettings
-from ditopt.calibrate.scm import scm_policy
+from ditopt.calibration.dbcache import DBCacheSettings
+from ditopt.calibration.scm import scm_policy
 from ditopt.errors import DitoptWarning, RecipeError
 
 DOCUMENTED = """

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ditopt.calibrate.mask import Floats, check, real
+from ditopt.calibration.mask import Floats, check, real
 from ditopt.errors import BadInput, RecipeError, require
 
 ROLES = ("attn", "mlp")

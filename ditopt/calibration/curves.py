@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ditopt.calibrate.mask import Floats, check, numbers, real, recording, relative_l1, text, whole
+from ditopt.calibration.mask import Floats, check, numbers, real, recording, relative_l1, text, whole
 from ditopt.errors import BadInput
 
 # -- SmoothCache -------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from ditopt.calibrate.intervals import (
+from ditopt.calibration.intervals import (
     PAB,
     cfg_delta,
     deepcache,
@@ -21,8 +21,8 @@ from ditopt.calibrate.intervals import (
     taylorseer,
     tgate,
 )
-from ditopt.calibrate.mask import computed
-from ditopt.calibrate.scm import POLICIES, scm, scm_policy
+from ditopt.calibration.mask import computed
+from ditopt.calibration.scm import POLICIES, scm, scm_policy
 from ditopt.errors import BadInput
 from ditopt.ir.program import Interval
 from ditopt.runtime.policy import schedule

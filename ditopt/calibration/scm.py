@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from ditopt.calibrate.mask import check, whole
+from ditopt.calibration.mask import check, whole
 from ditopt.errors import BadInput
 
 Bins = tuple[Sequence[int], Sequence[int]]

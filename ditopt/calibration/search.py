@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ditopt.calibrate.mask import Floats, check, computed, real, text, whole
+from ditopt.calibration.mask import Floats, check, computed, real, text, whole
 from ditopt.errors import BadInput
 
 Genome = NDArray[np.bool_]

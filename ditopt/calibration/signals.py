@@ -14,7 +14,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ditopt.calibrate.mask import Floats, alike, check, numbers, real, recording, relative_l1, text, whole
+from ditopt.calibration.mask import Floats, alike, check, numbers, real, recording, relative_l1, text, whole
 from ditopt.errors import BadInput
 
 # -- TeaCache ----------------------------------------------------------------------------------------------------------
