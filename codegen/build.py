@@ -65,7 +65,8 @@ def _on_demand(
 ) -> Callable[[Mapping[str, str]], StepGraph]:
     """Makes further step graphs of an eager plan when a step first asks for their choices."""
     rows = [g.choices for g in manifest.graphs]
-    given = {u.slot for u in manifest.probe.updates} if manifest.probe is not None else set()
+    given = {s.name for s in manifest.state}
+    given |= {u.slot for u in manifest.probe.updates} if manifest.probe is not None else set()
 
     @functools.cache
     def lowering() -> Lowering:
@@ -73,7 +74,7 @@ def _on_demand(
 
     def more(choices: Mapping[str, str]) -> StepGraph:
         made = lowering().variant(choices)
-        if not {f.ref for f in made.graph.inputs if f.kind == "carry"} <= given:
+        if not {f.ref for f in made.graph.inputs if f.kind in ("carry", "state")} <= given:
             return manifest.graphs[0]
         run[made.graph.name] = eager(made)
         return made.graph

@@ -150,9 +150,10 @@ def lower_memos(program: Program) -> list[Lowered]:
 
 
 def variant_name(choices: Choices) -> str:
-    """``full``; ``reuse`` where everything is reused; else the names of what is."""
-    reused = [k for k, v in choices.items() if v == "reuse"]
-    return "full" if not reused else "reuse" if len(reused) == len(choices) else "reuse_" + "_".join(reused)
+    """``full``; ``reuse`` where everything is reused; else the names of what is, and of what is not kept."""
+    reused, idle = ([k for k, v in choices.items() if v == word] for word in ("reuse", "bypass"))
+    name = "full" if not reused else "reuse" if len(reused) == len(choices) else "reuse_" + "_".join(reused)
+    return name + ("_idle_" + "_".join(idle) if idle else "")
 
 
 def _variant(program: Program, choices: Choices) -> Lowered:
@@ -192,12 +193,16 @@ def _decided(program: Program, choices: Choices) -> Program:
 
 
 def _decide(function: Function, choices: Choices) -> Function:
-    """``function`` with every select replaced by the operand that ``choices`` takes."""
+    """``function`` with every select replaced by the operand that ``choices`` takes: of new state the old one where
+    nothing is kept ("bypass")."""
     with Editor(function, "lower") as e:
+        state = set(e.results[len(e.results) - len(function.state_out) :])
         for node in list(e.graph.nodes):
             if node.target is select:
                 computed, predicted, decision = node.args
-                chosen = computed if choices.get(str(decision), "compute") == "compute" else predicted
+                choice = choices.get(str(decision), "compute")
+                kept = choice == "compute" or (choice == "bypass" and node not in state)
+                chosen = computed if kept else predicted
                 node.replace_all_uses_with(chosen)
         e.drop_dead(formals=False)
     return e.function()

@@ -9,7 +9,7 @@ import pytest
 
 from ditopt.errors import SessionError
 from ditopt.ir.program import Decision, Interval, Predictor, Rule
-from ditopt.runtime.policy import distinct, last_uses, schedule
+from ditopt.runtime.policy import BYPASS, COMPUTE, REUSE, Anchor, choose, distinct, last_uses, schedule, table
 from ditopt.runtime.rules import Course, asks, decide, shaped
 
 
@@ -115,3 +115,38 @@ def test_distinct_rows_are_those_that_a_request_takes():
 def test_no_cadence_means_that_only_the_ends_must_compute():
     rule = schedule(Interval(0, 2, 1), 8)
     assert [rule(s) for s in range(8)] == [True, True, False, False, False, False, False, True]
+
+
+# -- windows -----------------------------------------------------------------------------------------------------------
+
+
+def choices(interval: Interval, steps: int) -> str:
+    """c, r or b for each step of a dry run."""
+    d = Decision("c", (), interval, Predictor(), (), "")
+    return "".join(row.choices["c"][0] for row in table([d], steps))
+
+
+def test_outside_of_its_window_a_schedule_computes_and_keeps_nothing():
+    assert choices(Interval(2, until=0.5), 12) == "crcrcrbbbbbb"
+    assert choices(Interval(3, since=0.5), 12) == "bbbbbbcrrcrr"
+    assert choices(Interval(2, 2, since=0.25, until=0.75), 12) == "bbbcrcrcrbbb"
+
+
+def test_the_first_step_of_a_window_computes():
+    rule = schedule(Interval(2, since=0.5), 8)
+    assert choose(rule, (), 3) == BYPASS
+    assert choose(rule, (), 4) == COMPUTE
+    assert choose(rule, (Anchor(4),), 5) == REUSE
+
+
+def test_a_window_needs_the_number_of_steps():
+    with pytest.raises(SessionError, match=r"'c'.*0.5 to 1.*number of steps is unknown"):
+        schedule(Interval(2, since=0.5), None, "c")
+
+
+def test_two_windows_make_the_rows_of_both():
+    early = Decision("a", (), Interval(2, until=0.5), Predictor(), (), "")
+    late = Decision("b", (), Interval(2, since=0.5), Predictor(), (), "")
+    found = {(row["a"], row["b"]) for row in distinct([early, late], 8)}
+    assert found == {(COMPUTE, BYPASS), (REUSE, BYPASS), (BYPASS, COMPUTE), (BYPASS, REUSE)}
+    assert last_uses([early, late], 8) == {"a": {0: 1, 2: 3}, "b": {4: 5, 6: 7}}
