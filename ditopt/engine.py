@@ -59,8 +59,8 @@ class Compiled:
 
 
 class Engine:
-    """Runs ``model`` by ``recipe``. ``weights`` names arguments that are weights (see ``capture``). ``scheduler()``: the
-    one of the loop around the model, None where nobody told."""
+    """Runs ``model`` by ``recipe``. ``weights`` names arguments that are weights (see ``capture``). ``scheduler()``:
+    that of the loop around the model, None where nobody told."""
 
     def __init__(
         self,

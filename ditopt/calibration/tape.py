@@ -55,7 +55,7 @@ class Tape:
                 self.latent = latent.detach().clone()
             elif self.latent.shape != latent.shape:
                 raise BadInput(
-                    f"the latent is {tuple(latent.shape)} in one call and {tuple(self.latent.shape)} in another before; "
+                    f"the latent is {tuple(latent.shape)} in one call and {tuple(self.latent.shape)} in another one; "
                     "a recording has one resolution and one batch size: let the sampler give every seed the same"
                 )
         self._pending = Kept({name: self._thinned(name, value) for name, value in values.items()}, time)
