@@ -38,7 +38,7 @@ def test_from_the_command_line_to_samples(tmp_path, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error", DitoptWarning)
         images = model.sample(fast, 7, STEPS)
-    masks = {s.options["region"]: s.options["mask"] for s in recipe.steps if s.name == "cache"}
+    masks = {s.options["region"]: str(s.options["mask"]) for s in recipe.steps if s.name == "cache"}
     reused = sum(mask.count("0") for mask in masks.values())
     assert fast.transformer.stats.hits.total() == reused > 0
     db = measure.psnr(images, plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -232,7 +233,7 @@ BAD = [
 def test_bad_input_is_said(changes, said):
     pipe = Pipe()
     before = seen(pipe.transformer, pipe)
-    given = {"regions": ["model"], "steps": 3, "seeds": range(2), "progress": False, **changes}
+    given: dict[str, Any] = {"regions": ["model"], "steps": 3, "seeds": range(2), "progress": False, **changes}
     with pytest.raises(BadInput, match=said):
         record(pipe, given.pop("sampler", lambda p, seed: p(seed, 3)), **given)
     assert same(before, seen(pipe.transformer, pipe))
@@ -240,7 +241,7 @@ def test_bad_input_is_said(changes, said):
 
 def test_what_is_no_plain_model_is_said():
     model = tiny_sampler.model()
-    given = {"regions": ["model"], "steps": 3, "progress": False}
+    given: dict[str, Any] = {"regions": ["model"], "steps": 3, "progress": False}
     with pytest.raises(BadInput, match=r"a str was given; calibration takes an nn\.Module"):
         record("digits", sampler, **given)
     with pytest.raises(BadInput, match=r"optimized already; ditopt\.restore"):

@@ -19,7 +19,7 @@ class Scheduler:
     """Euler steps of a flow, announced as schedulers of diffusers announce them."""
 
     def __init__(self, shift: float = 1.0) -> None:
-        self.config = {"shift": shift, "_note": "not part of it"}
+        self.config: dict[str, Any] = {"shift": shift, "_note": "not part of it"}
 
     def set_timesteps(self, count: int) -> None:
         line = torch.linspace(1, 0, count + 1)
@@ -36,7 +36,8 @@ class Pipe:
     """``guidance``: "none", "batch" (a doubled one) or "calls" (two a step; ``late``: the second from there on)."""
 
     def __init__(self, guidance: str = "none", late: int = 0, denoiser: TinyDiT | None = None) -> None:
-        self.transformer, self.scheduler = denoiser or model(), Scheduler()
+        self.transformer: Any = denoiser or model()
+        self.scheduler = Scheduler()
         self.guidance, self.late = guidance, late
 
     @property
@@ -77,7 +78,7 @@ def sampler(pipe: Any, seed: int, steps: int) -> Tensor:
 
 
 @contextmanager
-def hooked(denoiser: nn.Module):
+def hooked(denoiser: Any):
     """What modules give, call by call: attention and MLP before their gates, input and output of blocks, the output."""
     taken: list[dict[str, Tensor]] = []
     handles = []

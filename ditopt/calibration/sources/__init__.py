@@ -12,7 +12,7 @@ from typing import Protocol, cast
 
 from ditopt.calibration.profile import Profile
 from ditopt.errors import DitoptWarning, RecipeError
-from ditopt.pipeline import Value, suggest
+from ditopt.pipeline import Value, print_call, suggest
 from ditopt.recipe import Recipe
 
 
@@ -46,17 +46,15 @@ def get(name: str) -> Source:
     return cast(Source, module)
 
 
-def with_caches(masks: Mapping[str, Sequence[bool]], why: str, **options: Value) -> str:
-    """Recipe text: the exact passes, and a cache for each region whose mask (True = compute, one a step) ever reuses.
+def with_caches(masks: Mapping[str, str], why: str, **options: Value) -> str:
+    """Recipe text: the exact passes, and a cache for each region whose mask (1 = compute, one a step) ever reuses.
 
     ``options`` go to every cache. A DitoptWarning says ``why`` where no step is reused at all.
     """
     steps = ["canonicalize, outline_blocks, hoist_invariants"]
     for region, mask in masks.items():
-        if not all(mask):
-            text = "".join("1" if computed else "0" for computed in mask)
-            more = "".join(f",{k}={v}" for k, v in options.items())
-            steps.append(f"cache{{region={region},mask={text}{more}}}")
+        if "0" in mask:
+            steps.append(print_call("cache", {"region": region, "mask": mask, **options}))
     if len(steps) == 1:
         warnings.warn(f"this recipe reuses nothing: {why}", DitoptWarning, stacklevel=5)
     return ", ".join(steps)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ditopt.calibration import sources
 from ditopt.calibration.profile import Profile
-from ditopt.calibration.record import MEMORY, Sampler, record
+from ditopt.calibration.recording import MEMORY, Sampler, record
 from ditopt.errors import RecipeError
 from ditopt.ir.program import Role
 from ditopt.pipeline import Value
