@@ -25,6 +25,7 @@ from ditopt.artifact import Manifest, Plan
 from ditopt.capture import CallSpec, Captured, bind, capture
 from ditopt.codegen.build import build, export
 from ditopt.errors import BadInput, DitoptWarning, SessionError, StaleWeights
+from ditopt.fitted import UNKNOWN, Fitted, guidance_text, latent_text, model_text, scheduler_text
 from ditopt.ir.cost import step_flops
 from ditopt.ir.program import Program, Role
 from ditopt.pipeline import Context, PassManager, PassResult
@@ -61,7 +62,8 @@ class Compiled:
 
 
 class Engine:
-    """Runs ``model`` by ``recipe``. ``weights`` names arguments that are weights (see ``capture``)."""
+    """Runs ``model`` by ``recipe``. ``weights`` names arguments that are weights (see ``capture``). ``scheduler()``:
+    that of the loop around the model, None where nobody told."""
 
     def __init__(
         self,
@@ -92,6 +94,9 @@ class Engine:
         self._place = _place(model)
         self._captured: _Snapshot | None = None
         self._seen: int | None = None  # the request in which the model was last compared with what was captured
+        self.scheduler: Callable[[], Any] = lambda: None
+        self._fitted = Fitted(self.recipe.calibrated) if self.recipe.calibrated else None
+        self._model_text = UNKNOWN  # as it was when all of its weights were in place
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """One step of the model, by its own calling convention."""
@@ -107,7 +112,20 @@ class Engine:
             self._drop(next(reversed(self.compiled)))
             compiled = self.prepare(spec, every)
             results = self.session.call(compiled.plan, tensors)
+        if self._fitted is not None:
+            self._fitted.look(self.session, lambda calls: self._running(calls, compiled, spec, every))
         return compiled.captured.pack(results)
+
+    def _running(self, calls: int, compiled: Compiled, spec: CallSpec, tensors: Sequence[Tensor]) -> dict[str, str]:
+        """What runs, by the keys of ``ditopt.fitted``."""
+        steps = self.session.clock.steps or self.steps
+        now = {"steps": str(steps or UNKNOWN), "scheduler": scheduler_text(self.scheduler())}
+        if not self.weights:  # Dynamo names the weights otherwise
+            now["model"] = self._model_text if self.shelves.mode != "keep" else model_text(self.model)
+        latent = latent_of(compiled.captured.program, dict(zip(spec.names, tensors, strict=True)))
+        if latent is not None:
+            now |= {"latent": latent_text(latent), "guidance": guidance_text(calls, latent)}
+        return now
 
     def prepare(self, spec: CallSpec, tensors: Sequence[Tensor]) -> Compiled:
         """The compiled signature of a call; captured and rewritten the first time, and where Python of the model would
@@ -128,6 +146,8 @@ class Engine:
             self._put_away()
             raise
         self._captured = self._captured or _Snapshot(self.model)
+        if self._fitted is not None and self.shelves.mode != "keep" and not self.shelves.freed:
+            self._model_text = model_text(self.model)
         if len(self.compiled) >= SIGNATURES:
             self._drop(next(iter(self.compiled)))
         self._count += 1
@@ -254,6 +274,12 @@ class Engine:
             )
         if not self.compiled:
             self._place = _place(self.model)
+
+
+def latent_of(program: Program, given: Mapping[str, Tensor]) -> Tensor | None:
+    """The first latent among the inputs ``given`` by name."""
+    names = [i.name for i in program.inputs if i.role == "latent"]
+    return next((given[n] for n in names if n in given), None)
 
 
 class _Snapshot:

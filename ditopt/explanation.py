@@ -11,7 +11,7 @@ from ditopt.artifact import StepGraph
 from ditopt.codegen.lower import lower, lower_memos
 from ditopt.ir.binding import Binding, bind
 from ditopt.ir.cost import flops, step_flops
-from ditopt.ir.program import Program, Region, Stream, TensorType, formal
+from ditopt.ir.program import Program, Region, StateSlot, Stream, TensorType, formal
 from ditopt.pipeline import PassResult
 
 NEVER = "constant"
@@ -58,6 +58,13 @@ def count(value: float) -> str:
 def weight_bytes(program: Program, graph: StepGraph) -> int:
     """Bytes of the weights that a lowered graph reads."""
     return sum(program.params[f.ref].nbytes for f in graph.inputs if f.kind == "param" and f.ref in program.params)
+
+
+def live_slots(program: Program) -> list[StateSlot]:
+    """The slots that a Session will hold: those that some step graph reads. Those of lifetime "request" are held once
+    for each guidance branch."""
+    read = {f.ref for v in lower(program) for f in v.graph.inputs if f.kind == "state"}
+    return [s for s in program.state if s.name in read]
 
 
 def role_flops(outlined: Program) -> dict[str, int]:
@@ -238,12 +245,12 @@ def _graphs(program: Program, target: str) -> list[str]:
 
 
 def _state(program: Program) -> list[str]:
-    read = {f.ref for v in lower(program) for f in v.graph.inputs if f.kind == "state"}
+    slots = live_slots(program)
     lines = []
     for life, where in (("request", "a guidance branch"), ("model", "the model")):
-        slots = [s for s in program.state if s.lifetime == life and s.name in read]
-        if slots:
-            lines.append(f"{size(sum(s.type.nbytes for s in slots))} for {where} in {len(slots)} slots")
+        held = [s for s in slots if s.lifetime == life]
+        if held:
+            lines.append(f"{size(sum(s.type.nbytes for s in held))} for {where} in {len(held)} slots")
     for memo in program.memos:
         values = [n.meta["val"] for n in program.functions[memo.function].results]
         bytes_ = sum(TensorType.of(v).nbytes for v in values)

@@ -45,10 +45,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps in order. ``name`` is the published system or file that they came from, for display only."""
+    """Steps in order. ``name`` is the published system or file that they came from, for display only. ``calibrated``
+    says what the steps were fitted to (``ditopt.calibrate``; ditopt/fitted.py), by key; the text form leaves it out."""
 
     steps: tuple[Step, ...] = ()
     name: str = field(default="", compare=False)
+    calibrated: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "calibrated", dict(self.calibrated))  # a copy: the caller's dict may change
 
     @staticmethod
     def parse(source: str | Path | Recipe) -> Recipe:
@@ -57,7 +62,7 @@ class Recipe:
         The result is checked: every pass exists, every option has its type and range. RecipeError otherwise.
         """
         if isinstance(source, Recipe):
-            return Recipe(tuple(_checked(s) for s in source.steps), source.name)
+            return Recipe(tuple(_checked(s) for s in source.steps), source.name, source.calibrated)
         if isinstance(source, Path) or (isinstance(source, str) and source.strip().endswith((".toml", ".json"))):
             return _from_file(Path(str(source).strip()))
         if isinstance(source, str):
@@ -70,7 +75,8 @@ class Recipe:
     def to_json(self) -> str:
         """JSON text that ``Recipe.parse`` reads from a .json file."""
         steps = [{"pass": s.name, "options": dict(s.options)} for s in self.steps]
-        return json.dumps({"ditopt_recipe": 1, "name": self.name, "steps": steps}, indent=1)
+        fitted = {"calibrated": dict(self.calibrated)} if self.calibrated else {}
+        return json.dumps({"ditopt_recipe": 1, "name": self.name, "steps": steps, **fitted}, indent=1)
 
     @staticmethod
     def from_json(text: str, where: str = "recipe") -> Recipe:
@@ -81,11 +87,12 @@ class Recipe:
                 raise RecipeError(f"{where}: recipe version {data['ditopt_recipe']}, this ditopt reads version 1")
             steps = tuple(Step(s["pass"], s.get("options", {})) for s in data["steps"])
             name = str(data.get("name", ""))
+            calibrated = {str(k): str(v) for k, v in data.get("calibrated", {}).items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, RecipeError):
                 raise
             raise RecipeError(f"{where} is not a recipe that Recipe.to_json wrote ({error!r})") from error
-        return Recipe.parse(Recipe(steps, name))
+        return Recipe.parse(Recipe(steps, name, calibrated))
 
 
 NOTHING = "none"
@@ -232,7 +239,11 @@ class Parameter:
 
 @dataclass(frozen=True)
 class System:
-    """A recipe file: a published system as data. ``passes`` is recipe text with ``{parameter}`` in it."""
+    """A recipe file: a published system as data. ``passes`` is recipe text with ``{parameter}`` in it.
+
+    ``calibration`` names what fits the system to a model (a file of ditopt/calibration/sources); such a system may have
+    no ``passes``, and then can only be used through ``ditopt.calibrate``.
+    """
 
     name: str
     title: str
@@ -243,9 +254,24 @@ class System:
     claim: str = ""
     notes: tuple[str, ...] = ()
     parameters: tuple[Parameter, ...] = ()
+    calibration: str = ""
 
     def recipe(self, given: Mapping[str, Value] | None = None) -> Recipe:
         """The recipe with some parameters changed; text values are read as the parameter's type."""
+        values = self.values(given)
+        if not self.passes:
+            raise RecipeError(
+                f"{self.name} is fitted to a model: r = ditopt.calibrate(model, {self.name!r}, sampler, steps=...), "
+                "then pass r as recipe"
+            )
+        text = _PARAMETER.sub(lambda m: pipeline.print_value(values[m.group(1)]), self.passes)
+        try:
+            return Recipe(_from_text(text).steps, self.name)
+        except RecipeError as error:
+            raise RecipeError(f"recipe {self.name}: {error}") from error
+
+    def values(self, given: Mapping[str, Value] | None = None) -> dict[str, Value]:
+        """The value of every parameter by its name, some of them ``given`` under any of their names."""
         values: dict[str, Value] = {p.name: p.default for p in self.parameters}
         known = {alias: p for p in self.parameters for alias in (p.name, *p.aliases)}
         seen: dict[str, str] = {}
@@ -260,15 +286,11 @@ class System:
             values[p.name] = typed = read_value(what, type(p.default), value)
             if p.min is not None and not isinstance(typed, str) and typed < p.min:
                 raise RecipeError(f"{what}: expected at least {p.min:g}, got {typed}")
-        text = _PARAMETER.sub(lambda m: pipeline.print_value(values[m.group(1)]), self.passes)
-        try:
-            return Recipe(_from_text(text).steps, self.name)
-        except RecipeError as error:
-            raise RecipeError(f"recipe {self.name}: {error}") from error
+        return values
 
 
 _PARAMETER = re.compile(r"\{(\w+)\}")
-_KEYS = {"name", "title", "source", "seed", "claim", "contract", "notes", "passes", "parameters"}
+_KEYS = {"name", "title", "source", "seed", "claim", "contract", "notes", "passes", "parameters", "calibration"}
 _PARAMETER_KEYS = {"default", "doc", "aliases", "min"}
 
 
@@ -281,18 +303,23 @@ def _system(text: str, where: str) -> System:
     for key in data:
         if key not in _KEYS:
             raise RecipeError(f"{where}: no field is called {key!r}; {suggest(key, sorted(_KEYS))}")
+    fitted = bool(data.get("calibration"))
     for key in ("name", "passes"):
-        if not isinstance(data.get(key), str):
+        if not isinstance(data.get(key, "" if key == "passes" and fitted else None), str):
             raise RecipeError(f"{where}: the field {key} (text) is missing")
-    for key in ("title", "source", "seed", "claim"):
+    for key in ("title", "source", "seed", "claim", "calibration"):
         if not isinstance(data.get(key, ""), str):
             raise RecipeError(f"{where}: the field {key} is text, not {data[key]!r}")
     notes = data.get("notes", [])
     if not isinstance(notes, list) or not all(isinstance(n, str) for n in notes):
         raise RecipeError(f"{where}: the field notes is a list of texts, not {notes!r}")
     specs = data.get("parameters", {})
-    parameters = [_parameter(name, specs[name], data["passes"], where) for name in specs]
-    for name in _PARAMETER.findall(data["passes"]):
+    passes = data.get("passes", "").strip()
+    parameters = [_parameter(name, specs[name], where) for name in specs]
+    for name in specs:
+        if not fitted and f"{{{name}}}" not in passes:
+            raise RecipeError(f"{where}: [parameters.{name}] is nowhere in passes; write {{{name}}} where it goes")
+    for name in _PARAMETER.findall(passes):
         if name not in {p.name for p in parameters}:
             raise RecipeError(f"{where}: passes uses {{{name}}}, which [parameters] does not declare")
     contract = data.get("contract", "approximate")
@@ -301,35 +328,58 @@ def _system(text: str, where: str) -> System:
     return System(
         name=data["name"],
         title=data.get("title", data["name"]),
-        passes=data["passes"].strip(),
+        passes=passes,
         contract=contract,
         source=data.get("source", ""),
         seed=data.get("seed", ""),
         claim=data.get("claim", ""),
         notes=tuple(notes),
         parameters=tuple(parameters),
+        calibration=data.get("calibration", ""),
     )
 
 
-def _parameter(name: str, spec: Any, passes: str, where: str) -> Parameter:
+def _parameter(name: str, spec: Any, where: str) -> Parameter:
     where = f"{where}: [parameters.{name}]"
     if not isinstance(spec, dict) or not {"default", "doc"} <= set(spec) <= _PARAMETER_KEYS:
         raise RecipeError(f"{where} needs default and doc, and may have aliases and min")
     if not isinstance(spec["default"], (int, float, str, bool)):
         raise RecipeError(f"{where}: a default is a number, text, true or false, not {spec['default']!r}")
-    if f"{{{name}}}" not in passes:
-        raise RecipeError(f"{where} is nowhere in passes; write {{{name}}} where it goes")
     return Parameter(name, spec["default"], spec["doc"], tuple(spec.get("aliases", ())), spec.get("min"))
 
 
 def _from_file(path: Path) -> Recipe:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the recipe file {path} cannot be read ({error})") from error
+    text = _read(path)
     if path.suffix == ".json":
         return Recipe.from_json(text, str(path))
     return _system(text, str(path)).recipe()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe file {path} cannot be read ({error})") from error
+
+
+def named(source: str | Path) -> tuple[System, dict[str, Value]]:
+    """The one system that ``source`` names, as ``name{parameter=value,...}`` or as a .toml file, and its parameters'
+    values. RecipeError for anything else."""
+    if not isinstance(source, (str, Path)):
+        raise RecipeError(
+            f"a {type(source).__name__} was given; expected the name of a system, or the path of its file"
+        )
+    if isinstance(source, Path) or source.strip().endswith(".toml"):
+        path = Path(str(source).strip())
+        system = _system(_read(path), str(path))
+        return system, system.values()
+    calls = list(_Reader(source).calls())
+    (name, options), systems = calls[0], available()
+    if len(calls) > 1:
+        raise RecipeError(f"{source!r} names {len(calls)} recipes or passes; expected one system, with its parameters")
+    if name not in systems:
+        raise RecipeError(f"no recipe is called {name!r}; {suggest(name, list(systems))}")
+    return systems[name], systems[name].values(options)
 
 
 def available() -> dict[str, System]:

@@ -12,7 +12,7 @@ import pytest
 import ditopt.passes
 from ditopt import pipeline
 from ditopt.errors import RecipeError
-from ditopt.recipe import Recipe, Step, available
+from ditopt.recipe import Recipe, Step, available, named
 
 STUB = """
 from __future__ import annotations
@@ -178,6 +178,7 @@ def test_toml_and_json_files(stub, tmp_path):
         ('name = "mine"', 'name = "mine"\ntitle = 3', "the field title is text"),
         ('name = "mine"', 'name = "mine"\nnotes = "one"', "the field notes is a list"),
         ('name = "mine"', 'name = "mine"\ncontract = "close"', "'close'"),
+        ('name = "mine"', 'name = "mine"\ncalibration = 3', "the field calibration is text"),
         ('name = "mine"', "name = ", "is not TOML"),
         ("stub_options{every", "stub_option{every", "recipe mine: no recipe and no pass"),
     ],
@@ -205,11 +206,13 @@ def test_a_missing_file_is_named(tmp_path):
 
 # -- what ships --------------------------------------------------------------------------------------------------------
 
-SHIPPED = ("fora", "forecast", "lossless", "taylorseer")
+FITTED = tuple(name for name, system in available().items() if system.calibration and not system.passes)
+SHIPPED = tuple(name for name in available() if name not in FITTED)
 
 
-def test_the_shipped_recipes_are_these():
-    assert tuple(available()) == SHIPPED
+def test_recipes_are_named_apart():
+    assert {"lossless", "fora", "taylorseer", "forecast"} <= set(SHIPPED)
+    assert {"magcache", "smoothcache"} <= set(FITTED)
     assert not set(available()) & set(pipeline.names()), "a recipe and a pass share a name"
 
 
@@ -224,6 +227,56 @@ def test_a_shipped_recipe_is_complete(name):
     assert Recipe.parse(str(recipe)) == recipe
     contracts = {pipeline.get(s.name).contract for s in recipe.steps}
     assert system.contract == ("exact" if contracts == {"exact"} else "approximate")
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_fitted_system_is_complete(name):
+    system = available()[name]
+    assert system.name == name
+    assert system.title
+    assert system.source
+    assert not system.passes
+    assert all(p.doc for p in system.parameters)
+    for text in (name, f"{name}{{{system.parameters[0].name}=0.5}}", f"lossless, {name}"):
+        with pytest.raises(RecipeError, match=rf"{name} is fitted to a model: r = ditopt\.calibrate\(model, '{name}'"):
+            Recipe.parse(text)
+
+
+def test_a_system_with_its_parameters():
+    system, values = named("magcache{K=5,thresh=0.24}")
+    assert (system.name, system.calibration) == ("magcache", "magcache")
+    assert values == {"threshold": 0.24, "max_skip_steps": 5, "retention_ratio": 0.2}
+    for text, said in (
+        ("magcach", "did you mean 'magcache'"),
+        ("magcache{K=-1}", "expected at least 0, got -1"),
+        ("magcache{k=1}", "no parameter 'k'"),
+        ("lossless, magcache", "names 2 recipes or passes; expected one system"),
+        ("nowhere.toml", r"nowhere.toml cannot be read"),
+        (3, "a int was given; expected the name of a system"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            named(text)  # type: ignore[arg-type]
+
+
+def test_what_a_recipe_was_fitted_to_stays_with_it(stub, tmp_path):
+    key = {"steps": "30", "latent": "4x8x8"}
+    recipe = Recipe(Recipe.parse("stub_options{every=4}").steps, "mine", key)
+    key["steps"] = "another"
+    assert recipe.calibrated == {"steps": "30", "latent": "4x8x8"}, "a copy"
+    for again in (
+        Recipe.parse(recipe),
+        Recipe.from_json(recipe.to_json()),
+        Recipe.parse(write(tmp_path, recipe.to_json(), "fitted.json")),
+        pickle.loads(pickle.dumps(recipe)),
+    ):
+        assert again == recipe
+        assert (again.name, again.calibrated) == ("mine", recipe.calibrated)
+    assert str(recipe) == "stub_options{every=4}"
+    assert Recipe.parse(str(recipe)) == recipe
+    assert hash(Recipe.parse(str(recipe))) == hash(recipe)
+    assert "calibrated" not in Recipe.parse("stub_options").to_json()
+    with pytest.raises(RecipeError, match="recipe is not a recipe that"):
+        Recipe.from_json('{"ditopt_recipe": 1, "steps": [], "calibrated": 3}')
 
 
 def test_parameters_land_where_the_file_says():

@@ -1,0 +1,60 @@
+"""Sources: what fits a published system to a recording. One file each; the file name is the name that a system's
+``calibration`` field gives. Adding one edits no other file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Protocol, cast
+
+from ditopt.calibration.profile import Profile
+from ditopt.errors import DitoptWarning, RecipeError
+from ditopt.pipeline import Value, print_call, suggest
+from ditopt.recipe import Recipe
+
+
+class Source(Protocol):
+    """What a file of this folder offers."""
+
+    REGIONS: Sequence[str]
+    """The selectors that it needs recorded."""
+
+    def fit(self, profile: Profile, parameters: Mapping[str, Value]) -> Recipe | str:
+        """The recipe for what was recorded: passes with concrete masks and tables. ``parameters``: the system's, all of
+        them by name."""
+        ...
+
+
+def names() -> list[str]:
+    """The sources that exist. Imports none of them."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def get(name: str) -> Source:
+    """The source of this name; RecipeError where there is none or its file offers something else."""
+    if name not in names():
+        raise RecipeError(f"no calibration is called {name!r}; {suggest(name, names())}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    regions = getattr(module, "REGIONS", None)
+    if not callable(getattr(module, "fit", None)) or isinstance(regions, str) or not regions:
+        raise RecipeError(
+            f"{name}.py among the sources of calibration must offer REGIONS, a list of selectors, and fit"
+        )
+    return cast(Source, module)
+
+
+def with_caches(masks: Mapping[str, str], why: str, **options: Value) -> str:
+    """Recipe text: the exact passes, and a cache for each region whose mask (1 = compute, one a step) ever reuses.
+
+    ``options`` go to every cache. A DitoptWarning says ``why`` where no step is reused at all.
+    """
+    steps = ["canonicalize, outline_blocks, hoist_invariants"]
+    for region, mask in masks.items():
+        if "0" in mask:
+            steps.append(print_call("cache", {"region": region, "mask": mask, **options}))
+    if len(steps) == 1:
+        warnings.warn(f"this recipe reuses nothing: {why}", DitoptWarning, stacklevel=5)
+    return ", ".join(steps)
