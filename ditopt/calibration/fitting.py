@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ditopt.calibration import sources
 from ditopt.calibration.profile import Profile
-from ditopt.calibration.recording import MEMORY, Sampler, record
-from ditopt.errors import RecipeError
+from ditopt.calibration.recording import MEMORY, Sampler, record, steps_given
+from ditopt.calibration.trial import Trials
+from ditopt.errors import BadInput, RecipeError
 from ditopt.ir.program import Role
 from ditopt.pipeline import Value
 from ditopt.recipe import Recipe, System, available, named
@@ -24,6 +27,7 @@ def calibrate(
     seeds: Iterable[int] = range(4),
     tokens: int = 256,
     memory: int = MEMORY,
+    seconds: float = 60.0,
     roles: Mapping[str, Role] | None = None,
     progress: bool = True,
 ) -> Recipe:
@@ -31,31 +35,54 @@ def calibrate(
 
     recipe: a system that declares a calibration, with its parameters (``"smoothcache{alpha=0.1}"``), or the path of its
         .toml file. sampler: ``sampler(model, seed)`` or ``sampler(model, seed, steps)`` runs one request.
-    steps: model evaluations of a request; the result fits this number only. seeds: one request is recorded for each.
+    steps: model evaluations of a request; the result fits this number only. seeds: one request is recorded (or tried,
+        by systems that search) for each. seconds: how long systems that search may take.
     Other arguments: see ``ditopt.calibration.record``.
 
     The recipe says what it was fitted to (``calibrated``); the first request that differs gets a DitoptWarning. To try
     several parameters on one recording, use ``ditopt.calibration.record`` and ``fit``.
     """
     system, values = _system(recipe)
-    source = sources.get(system.calibration)
+    listed, search = list(seeds), sources.searcher(system.calibration)
+    source = sources.get(system.calibration) if search is None else None
     profile = record(
         model,
         sampler,
-        regions=source.REGIONS,
+        regions=source.REGIONS if source else ["latent"],
         steps=steps,
-        seeds=seeds,
+        seeds=listed if source else listed[:1],
         tokens=tokens,
         memory=memory,
         roles=roles,
         progress=progress,
     )
-    return _fitted(system, values, source, profile)
+    if source is not None:
+        return _fitted(system, values, source, profile)
+    assert search is not None
+    assert sampler is not None
+    found = search.search(_trials(model, sampler, steps, listed), steps, values, seconds)
+    return Recipe(Recipe.parse(found).steps, system.name, profile.key)
+
+
+def _trials(model: Any, sampler: Sampler, steps: int, seeds: Sequence[int]) -> Callable[[str], Trials]:
+    given = steps_given(sampler)
+
+    def run(running: Any, seed: int) -> Tensor:
+        made = sampler(running, seed, steps) if given else sampler(running, seed)
+        if not isinstance(made, Tensor):
+            raise BadInput(
+                f"the sampler returned a {type(made).__name__}; a search compares samples: return them as one tensor"
+            )
+        return made
+
+    return lambda recipe: Trials(model, recipe, run, seeds=seeds, steps=steps)
 
 
 def fit(recipe: str | Path, profile: Profile) -> Recipe:
     """The recipe that a system gives for a recording. RecipeError where that lacks a region the system looks at."""
     system, values = _system(recipe)
+    if sources.searcher(system.calibration) is not None:
+        raise RecipeError(f"{system.name} is found by trying schedules, not from a recording: use ditopt.calibrate")
     source = sources.get(system.calibration)
     for region in source.REGIONS:
         profile.of(region)

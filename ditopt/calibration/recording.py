@@ -53,7 +53,7 @@ def record(
     """
     listed = _checked(model, sampler, regions, steps, seeds, tokens)
     assert sampler is not None
-    given = _steps_given(sampler)
+    given = steps_given(sampler)
     open_, passes = list(dict.fromkeys(regions)), []
     with require("tqdm", None).tqdm(
         total=steps * len(listed), disable=not progress, leave=False, unit="step", desc="calibrating"
@@ -108,7 +108,7 @@ def _checked(
     return listed
 
 
-def _steps_given(sampler: Sampler) -> bool:
+def steps_given(sampler: Sampler) -> bool:
     """Whether the sampler takes the number of steps as its third argument. BadInput where it does not take two."""
     try:
         signature = inspect.signature(sampler)

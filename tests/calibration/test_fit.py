@@ -89,7 +89,7 @@ def test_every_fitted_system_has_its_source():
     asked = {system.calibration for system in available().values() if system.calibration}
     assert asked == set(sources.names())
     for name in asked:
-        assert sources.get(name).REGIONS
+        assert sources.searcher(name) is not None or sources.get(name).REGIONS
     with pytest.raises(RecipeError, match="no calibration is called 'magcach'; did you mean 'magcache'"):
         sources.get("magcach")
 

@@ -7,13 +7,16 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Protocol, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ditopt.calibration.profile import Profile
 from ditopt.errors import DitoptWarning, RecipeError
 from ditopt.pipeline import Value, print_call, suggest
 from ditopt.recipe import Recipe
+
+if TYPE_CHECKING:
+    from ditopt.calibration.trial import Trials
 
 
 class Source(Protocol):
@@ -28,22 +31,43 @@ class Source(Protocol):
         ...
 
 
+class Search(Protocol):
+    """What a file of this folder offers whose system is found by trying schedules, not from a recording."""
+
+    def search(
+        self, trials: Callable[[str], Trials], steps: int, parameters: Mapping[str, Value], seconds: float
+    ) -> Recipe | str:
+        """The recipe of what was found within ``seconds``. ``trials``: recipe text -> Trials of it on the user's model
+        and sampler (a context manager)."""
+        ...
+
+
 def names() -> list[str]:
     """The sources that exist. Imports none of them."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
+def searcher(name: str) -> Search | None:
+    """The source of this name where it tries schedules; else None. RecipeError where there is none."""
+    module = _module(name)
+    return cast("Search", module) if callable(getattr(module, "search", None)) else None
+
+
 def get(name: str) -> Source:
     """The source of this name; RecipeError where there is none or its file offers something else."""
-    if name not in names():
-        raise RecipeError(f"no calibration is called {name!r}; {suggest(name, names())}")
-    module = importlib.import_module(f"{__name__}.{name}")
+    module = _module(name)
     regions = getattr(module, "REGIONS", None)
     if not callable(getattr(module, "fit", None)) or isinstance(regions, str) or not regions:
         raise RecipeError(
-            f"{name}.py among the sources of calibration must offer REGIONS, a list of selectors, and fit"
+            f"{name}.py among the sources of calibration must offer REGIONS, a list of selectors, and fit, or search"
         )
     return cast(Source, module)
+
+
+def _module(name: str) -> Any:
+    if name not in names():
+        raise RecipeError(f"no calibration is called {name!r}; {suggest(name, names())}")
+    return importlib.import_module(f"{__name__}.{name}")
 
 
 def with_caches(masks: Mapping[str, str], why: str, **options: Value) -> str:
