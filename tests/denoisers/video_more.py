@@ -219,9 +219,7 @@ def hunyuan_framepack(r: Draw) -> tuple[nn.Module, Call]:
 # -- Motif, Sana, Kandinsky --------------------------------------------------------------------------------------------
 
 
-@denoiser(
-    prompt=("encoder_hidden_states", "image_embeds"), blocks=("transformer_blocks", "single_transformer_blocks")
-)
+@denoiser(prompt=("encoder_hidden_states", "image_embeds"), blocks=("transformer_blocks", "single_transformer_blocks"))
 def motif_video(r: Draw) -> tuple[nn.Module, Call]:
     """The last blocks start from the embedded latent again, and attend to what the others have made of it."""
     model = make(
