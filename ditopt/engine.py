@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ditopt.artifact import Manifest, Plan
-from ditopt.capture import CallSpec, Captured, bind, capture
+from ditopt.capture import CallSpec, Captured, bind, by_name, capture
 from ditopt.codegen.build import build, export
 from ditopt.errors import BadInput, DitoptWarning, SessionError, StaleWeights
 from ditopt.ir.cost import step_flops
@@ -104,6 +104,8 @@ class Engine:
             self._drop(next(reversed(self.compiled)))
             compiled = self.prepare(spec, every)
             results = self.session.call(compiled.plan, tensors)
+        if compiled.captured.put is not None:
+            compiled.captured.put(results, by_name(self.model, args, kwargs))
         return compiled.captured.pack(results)
 
     def prepare(self, spec: CallSpec, tensors: Sequence[Tensor]) -> Compiled:

@@ -64,7 +64,7 @@ def anyflow_far(r: Draw) -> tuple[nn.Module, Call]:
 
 @denoiser(time=("timestep", "r_timestep"), blocks=("blocks",))
 def anyflow_far_whole(r: Draw) -> tuple[nn.Module, Call]:
-    """All chunks at once, without a cache: a mask that is made of the chunks' lengths keeps each from the later ones."""
+    """All chunks at once, without a cache: a mask made of the chunks' lengths keeps each from the later ones."""
     return make("AnyFlowFARTransformer3DModel", **FAR), {**_chunk(r, 5), "chunk_partition": [1, 2, 2]}
 
 
