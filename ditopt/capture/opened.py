@@ -43,14 +43,13 @@ def _opened(value: Any, around: tuple[int, ...]) -> Any:
 def _is_plain(value: Any) -> bool:
     """Whether ``value`` is nothing but its attributes."""
     kind = type(value)
-    return (
-        hasattr(value, "__dict__")
-        and kind.__new__ is object.__new__
-        and kind.__reduce__ is object.__reduce__
-        and kind.__reduce_ex__ is object.__reduce_ex__
-        and not any("__slots__" in vars(k) for k in kind.__mro__)
-        and not isinstance(value, nn.Module)
-    )
+    made_plainly = all(getattr(kind, name) is getattr(object, name) for name in _MAKERS)
+    slots = any("__slots__" in vars(k) for k in kind.__mro__)
+    return hasattr(value, "__dict__") and made_plainly and not slots and not isinstance(value, nn.Module)
+
+
+_MAKERS = ("__new__", "__reduce__", "__reduce_ex__")
+"""What a class replaces that makes its objects in a way of its own."""
 
 
 def _attributes(value: Opened) -> tuple[list[Any], tuple[type, tuple[str, ...]]]:

@@ -40,9 +40,9 @@ WAN: dict[str, Any] = {
 }
 
 
-@denoiser(prompt=("encoder_hidden_states", "control_hidden_states"), blocks=("vace_blocks", "blocks"))
+@denoiser(prompt=("encoder_hidden_states", "control_hidden_states"), blocks=("blocks",))
 def wan_vace(r: Draw) -> tuple[nn.Module, Call]:
-    """Control blocks beside the main ones, each with a hint for one of them, times a scale of its own."""
+    """A tower of control blocks (a chain beside the main one), each with a hint for one main block, times its scale."""
     model = make("WanVACETransformer3DModel", **WAN, vace_layers=[0, 2], vace_in_channels=12)
     control = r.rows(12, FRAMES, HEIGHT, WIDTH)
     return model, {
