@@ -76,22 +76,22 @@ Path = tuple[Any, ...]
 
 
 def leaves(arguments: Any) -> dict[Path, Any]:
-    """The leaves of arguments, objects taken apart, by path."""
-    return dict(pytree.tree_flatten_with_path(opened(arguments))[0])
+    """The leaves of arguments, objects taken apart, by path; an empty list or dict is one, too."""
+    return dict(pytree.tree_flatten_with_path(opened(arguments), lambda v: isinstance(v, (list, dict)) and not v)[0])
 
 
 def writes(before: Mapping[Path, Any], arguments: Any) -> tuple[dict[Path, Any], list[Path]]:
     """What a run of a model has put into its ``arguments``, whose leaves were ``before``: values by path, and the paths
     at which something is gone. A change in place of a tensor is none of them: its graph shows it."""
     after = leaves(arguments)
-    held = {path[:i] for path in before for i in range(1, len(path) + 1)}
+    containers = {path[:i] for path in before for i in range(1, len(path))}
+    containers |= {path for path, value in before.items() if isinstance(value, (list, dict))}
     new: dict[Path, Any] = {}
     for path, value in after.items():
         if path not in before or not _same(before[path], value):
-            tops = (path[:i] for i in range(2, len(path)) if path[:i] in before or path[:i] not in held)
-            top = next(tops, path)
+            top = next((path[:i] for i in range(2, len(path)) if path[:i] not in containers), path)
             new[top] = at(arguments, top)
-    return new, [path for path in before if path not in after and path not in new]
+    return new, [path for path in before if path not in after and path not in new and path not in containers]
 
 
 def _same(a: Any, b: Any) -> bool:
