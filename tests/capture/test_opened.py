@@ -206,3 +206,28 @@ def test_a_model_that_takes_something_away():
 
     with pytest.raises(CaptureError, match=r"Pops takes kept\.key out of its arguments during forward"):
         take(Pops(), **given(), kept={"key": torch.ones(4)})
+
+
+# -- loaded ------------------------------------------------------------------------------------------------------------
+
+
+class Parted(Model):
+    """Adds what is kept, times the number of its parts."""
+
+    def forward(self, x: Tensor, t: Tensor, cache: Cache, parts: list[int]) -> Tensor:
+        return super().forward(x, t, cache, "read") * len(parts) + parts[-1]
+
+
+def test_a_loaded_model_takes_objects_and_lists_of_numbers(tmp_path):
+    torch.manual_seed(0)
+    m = Parted().eval().requires_grad_(False)
+    ditopt.export_onnx(m, tmp_path / "a.onnx", example_inputs={**given(), "cache": filled(), "parts": [1, 2]})
+    loaded = ditopt.load(tmp_path / "a.onnx")
+    call = {**given(1), "cache": filled(5), "parts": [1, 2]}
+    torch.testing.assert_close(loaded(**call), m(**call))
+    for parts, told in (([1, 3], "parts.1=3 given"), ([1], "parts.1 not given"), ([1, 2, 2], "parts.2=2 given")):
+        with pytest.raises(BadInput, match=told):
+            loaded(**{**call, "parts": parts})
+    call["cache"].layers[0].writes = 2
+    with pytest.raises(BadInput, match=r"cache\.layers\.0\.writes=2 given"):
+        loaded(**call)
