@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ditopt.artifact import Manifest, Plan
-from ditopt.capture import CallSpec, Captured, bind, capture
+from ditopt.capture import CallSpec, Captured, bind, by_name, capture
 from ditopt.codegen.build import build, export
 from ditopt.errors import BadInput, DitoptWarning, SessionError, StaleWeights
 from ditopt.fitted import UNKNOWN, Fitted, guidance_text, latent_text, model_text, scheduler_text
@@ -114,6 +114,8 @@ class Engine:
             results = self.session.call(compiled.plan, tensors)
         if self._fitted is not None:
             self._fitted.look(self.session, lambda calls: self._running(calls, compiled, spec, every))
+        if compiled.captured.put is not None:
+            compiled.captured.put(results, by_name(self.model, args, kwargs))
         return compiled.captured.pack(results)
 
     def _running(self, calls: int, compiled: Compiled, spec: CallSpec, tensors: Sequence[Tensor]) -> dict[str, str]:

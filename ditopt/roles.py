@@ -21,7 +21,7 @@ _SHAPE = re.compile(
     r"(^|_)(ids|pos|position|positions|rope|rotary|rotary_emb|freqs|coords|grid|sizes?|shapes?|fps|resolution|aspect_ratio)(_|$)"
 )
 _PROMPT = re.compile(
-    r"(^|_)(encoder|context|ctx|text|txt|prompt|caption|cap|cond|c|y|class|classes|label|labels|pooled|guidance|clip|t5|style|vector|image_embeds?|meta)(_|$)"
+    r"(^|_)(encoder|context|ctx|text|txt|prompt|caption|cap|cond|c|y|class|classes|label|labels|pooled|guidance|clip|t5|style|vector|image_embeds?|meta|vit|camera)(_|$)"
 )
 _LATENT = re.compile(
     r"(^|_)(hidden_states|x|z|xt|img|image|latents?|latent_model_input|sample|noisy|noise|control|controlnet\w*|residuals?|cond_image)$"

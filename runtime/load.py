@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ class LoadedModel:
         top = dict.fromkeys(name.split(".")[0] for name in self._inputs)
         self._order = tuple(self.manifest.extra.get("signature") or top)
         self._constants = dict(_leaves(self.manifest.extra.get("constants", {})))
+        names = [*self._inputs, *self._constants]
+        self._containers = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One step. BadInput for arguments the model does not have, SessionError for a shape or dtype it was not
@@ -106,7 +108,9 @@ class LoadedModel:
     def _tensors(self, named: Mapping[str, Any]) -> dict[str, Tensor]:
         """Input name -> checked tensor."""
         given: dict[str, Tensor] = {}
-        for name, value in _leaves(named):
+        seen = set()
+        for name, value in _leaves(named, containers=self._containers):
+            seen.add(name)
             wanted = self._inputs.get(name)
             if wanted is None:
                 self._check_constant(name, value)
@@ -131,6 +135,9 @@ class LoadedModel:
         missing = [name for name in self._inputs if name not in given]
         if missing:
             raise BadInput(f"{', '.join(missing)} not given; {self._where} takes {self._expected()}")
+        for name, saw in self._constants.items():
+            if name not in seen and "." in name and name.split(".")[0] in named:
+                raise BadInput(f"{name} not given, but {self._where} was exported with {name}={saw!r}; export again")
         return given
 
     def _check_constant(self, name: str, value: Any) -> None:
@@ -196,14 +203,19 @@ def _check_files(file: Path, manifest: Manifest) -> None:
             )
 
 
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, leaf) of nested dicts, lists and tuples."""
+def _leaves(value: Any, prefix: str = "", containers: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+    """(dotted name, leaf) of nested dicts, lists and tuples; of lists without tensors, and of the attributes of
+    objects, where the name is one of ``containers``."""
     if isinstance(value, Mapping) and (value or not prefix):
         for key, item in value.items():
-            yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(value, (list, tuple)) and any(isinstance(v, (Tensor, Mapping)) for v in value):
+            yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key), containers)
+    elif isinstance(value, (list, tuple)) and (
+        prefix in containers or any(isinstance(v, (Tensor, Mapping)) for v in value)
+    ):
         for k, item in enumerate(value):
-            yield from _leaves(item, f"{prefix}.{k}")
+            yield from _leaves(item, f"{prefix}.{k}", containers)
+    elif prefix in containers and hasattr(value, "__dict__") and not isinstance(value, (Tensor, np.ndarray)):
+        yield from _leaves(vars(value), prefix, containers)
     else:
         yield prefix, value
 

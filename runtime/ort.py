@@ -64,6 +64,11 @@ class _Graph:
         device = home if on_gpu else torch.device("cpu")
         tensors = [t.detach().to(device).contiguous() for t in tensors]
 
+        spare = torch.empty(1, device=device)  # an address for tensors without elements, which have none
+
+        def address(tensor: Tensor) -> int:
+            return tensor.data_ptr() or spare.data_ptr()
+
         binding = session.io_binding()
         for wanted, t in zip(session.get_inputs(), tensors, strict=True):
             if _DTYPES.get(wanted.type) is not t.dtype or list(wanted.shape) != list(t.shape):
@@ -71,12 +76,12 @@ class _Graph:
                     f"input {wanted.name!r} of graph {self._name!r} is {wanted.type}{wanted.shape}, "
                     f"given is {t.dtype}{list(t.shape)}"
                 )
-            binding.bind_input(
-                wanted.name, device.type, device.index or 0, _TYPES[t.dtype][0], list(t.shape), t.data_ptr()
-            )
+            kind = _TYPES[t.dtype][0]
+            binding.bind_input(wanted.name, device.type, device.index or 0, kind, list(t.shape), address(t))
         outputs = [torch.empty(o.shape, dtype=_DTYPES[o.type], device=device) for o in session.get_outputs()]
         for o, t in zip(session.get_outputs(), outputs, strict=True):
-            binding.bind_output(o.name, device.type, device.index or 0, _TYPES[t.dtype][0], list(t.shape), t.data_ptr())
+            kind = _TYPES[t.dtype][0]
+            binding.bind_output(o.name, device.type, device.index or 0, kind, list(t.shape), address(t))
         if on_gpu:  # torch and onnxruntime use different streams
             torch.cuda.current_stream(device).synchronize()
         session.run_with_iobinding(binding)

@@ -23,7 +23,7 @@ NAMES = list(ZOO)
             "prompt",
             "encoder_hidden_states encoder_hidden_states_image y c context txt prompt_embeds class_labels pooled "
             "pooled_projections guidance encoder_attention_mask cap_feats.1 added_cond_kwargs.text_embeds "
-            "attention_mask L_kwargs_encoder_hidden_states_",
+            "attention_mask L_kwargs_encoder_hidden_states_ id_cond id_vit_hidden.0 camera_conditions",
         ),
         ("shape", "img_ids txt_ids position_ids image_rotary_emb.0 resolution fps freqs_cis"),
     ],

@@ -391,6 +391,25 @@ def test_a_shared_body_takes_inputs_without_gaps_where_a_block_has_them():
         assert torch.equal(a, c)
 
 
+def test_the_result_of_a_shared_body_is_laid_out_as_its_readers_were_traced_for():
+    """Two bodies, each shared by two blocks whose inputs lie otherwise in memory, one after the other."""
+    b = Builder()
+    x, y = b.input("x", "latent", 2, 8, 4), b.input("y", "latent", 2, 4, 8)
+    turned = [b(aten.permute.default, v, [0, 2, 1]) for v in (x, b(aten.exp.default, x))]
+    first = [b(aten.relu.default, v, region=f"blocks.{i}") for i, v in enumerate((turned[0], y))]
+    second = [b(aten.tanh.default, v, region=f"blocks.{i + 2}") for i, v in enumerate((first[0], turned[1]))]
+    flat = b(aten.view.default, b(aten.permute.default, first[0], [0, 2, 1]), [2, 32])
+    program = b.program(*first, *second, flat)
+    regions = [Region("model", "model", ""), Region("stage.0", "stage", "model", 0)]
+    regions += [Region(f"blocks.{i}", "block", "stage.0", 0) for i in range(4)]
+    after = outline(program.replace(regions=tuple(regions)), "test")
+    verify(after)
+    assert len(after.functions) == 3
+    inputs = random_inputs(program)
+    for a, c in zip(run_program(program, inputs)[0], run_program(after, inputs)[0], strict=True):
+        assert torch.equal(a, c)
+
+
 # -- modules of a block, in all their spellings ------------------------------------------------------------------------
 
 
@@ -501,10 +520,35 @@ def test_cross_attention_blocks_of_diffusers(name):
         (lambda b, x, c, w, g: b(aten.sub.Tensor, x, mlp(b, x, w)), "a difference"),
         (lambda b, x, c, w, g: mul(b, x, mlp(b, x, w)), "a product"),
         (lambda b, x, c, w, g: add(b, x, g), "what is added does not depend on the latent"),
+        (lambda b, x, c, w, g: add(b, row_of(b, x, 1), mlp(b, row_of(b, x, 0), w)), "made of another row"),
+        (lambda b, x, c, w, g: add(b, slice_of(b, x, 0, 3), mlp(b, slice_of(b, x, 3, 6), w)), "made of other rows"),
+        (
+            lambda b, x, c, w, g: add(
+                b, row_of(b, x, 2), mlp(b, add(b, row_of(b, x, 1), mlp(b, row_of(b, x, 0), w)), w)
+            ),
+            "a scan over rows",
+        ),
     ],
 )
 def test_what_is_no_module(write, why):
     assert spell(write)[0] == [], why
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda b, x, c, w, g: add(b, row_of(b, x, 1), mlp(b, row_of(b, x, 1), w)),
+        lambda b, x, c, w, g: add(b, row_of(b, x, 1), row_of(b, mlp(b, x, w), 1)),
+        lambda b, x, c, w, g: add(b, slice_of(b, x, 0, 3), mlp(b, slice_of(b, x, 2, 5), w)),
+    ],
+    ids=["the same row", "all rows", "rows that overlap"],
+)
+def test_a_module_of_a_part_of_the_stream(write):
+    assert [m.role for m in spell(write)[0]] == ["mlp"]
+
+
+def row_of(b, x, row):
+    return b(aten.select.int, x, 1, row)
 
 
 def slice_of(b, x, start, stop):

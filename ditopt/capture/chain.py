@@ -19,7 +19,7 @@ from ditopt.capture.graph import Untraceable, refuse_symbols, to_program
 from ditopt.capture.guard import Guard, split
 from ditopt.capture.replay import Lost, Recorder, Replayer
 from ditopt.capture.spec import CallSpec
-from ditopt.errors import CaptureError
+from ditopt.errors import BadInput, CaptureError
 from ditopt.ir.program import Program, Role
 
 
@@ -27,7 +27,9 @@ from ditopt.ir.program import Program, Role
 class Captured:
     """A captured signature: the Program, how calls map to it, how its outputs are packed, and what capture did.
 
-    ``guard``: what must hold of the inputs beyond their signature, where anything must.
+    ``guard``: what must hold of the inputs beyond their signature, where anything must. ``put(results, arguments)``
+    writes into the arguments of a call what the model writes into them (a cache of keys and values); None where it
+    writes nothing. ``written``: dotted names of the tensors among that, which are results after those of the output.
     """
 
     program: Program
@@ -36,6 +38,16 @@ class Captured:
     structure: str | tuple[str, ...]
     notes: tuple[str, ...] = ()
     guard: Guard | None = None
+    put: Callable[[Sequence[Tensor], Any], None] | None = None
+    written: tuple[str, ...] = ()
+
+    def refuse_writes(self, action: str) -> None:
+        """BadInput where the model writes tensors into its arguments, which a file cannot. ``action``: "exported"."""
+        if self.written:
+            raise BadInput(
+                f"this call cannot be {action}: it writes {self.written[0]} into its arguments, and a file has nothing "
+                "to write it into; give example_inputs of a call that only reads them"
+            )
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,11 @@ class _Job:
             raise CaptureError(
                 f"{self.name} returns a {flat.packing.opaque[0]}, in which ditopt does not look for tensors; return "
                 "tensors, or tuples, lists, dicts and dataclasses of them"
+            )
+        if flat.packing.removed:
+            raise CaptureError(
+                f"{self.name} takes {flat.packing.removed[0]} out of its arguments during forward; a graph can put "
+                "something into them, and take nothing away. Set it to None instead."
             )
         lowered = flex.expand(exported.graph_module)
         program = to_program(self.model, exported, self.spec, self.tensors, self.roles, self.weights, more())
@@ -158,7 +175,12 @@ def _captured(
 ) -> Captured:
     if lowered:
         notes.append(f"{lowered} flex_attention calls written out as the attention that PyTorch runs uncompiled")
-    return Captured(program, job.spec, packing.pack, packing.structure, tuple(notes), guard)
+    if packing.written:
+        notes.append(f"writes {len(packing.written)} tensors into its arguments, {packing.written[0]} and so on")
+    put = packing.put if packing.writes else None
+    return Captured(
+        program, job.spec, packing.pack, packing.structure, tuple(notes), guard, put, tuple(packing.written)
+    )
 
 
 def _distinct(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

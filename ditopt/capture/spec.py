@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ditopt import roles as role_rules
 from ditopt._torch import pytree
+from ditopt.capture.opened import opened
 from ditopt.errors import BadInput
 
 SCALARS = (bool, int, float, str, type(None))
@@ -62,17 +63,8 @@ class CallSpec:
 def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[CallSpec, list[Tensor]]:
     """The CallSpec of a call, and its tensors in order. A call that does not fit ``model.forward`` is BadInput."""
     signature = inspect.signature(model.forward)
-    try:
-        bound = signature.bind(*args, **kwargs).arguments
-    except TypeError as error:
-        raise BadInput(f"the call does not fit {type(model).__name__}.forward{signature}: {error}") from None
-    arguments: dict[str, Any] = {}
-    for name, value in bound.items():
-        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            arguments.update(value)
-        else:
-            arguments[name] = value
-    leaves, tree = pytree.tree_flatten_with_path(arguments)
+    arguments = by_name(model, args, kwargs)
+    leaves, tree = pytree.tree_flatten_with_path(opened(arguments))
     names: list[str] = []
     positions: list[int] = []
     statics: list[Any] = []
@@ -94,13 +86,29 @@ def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tu
         else:
             raise BadInput(
                 f"argument {name} is a {type(leaf).__name__}; ditopt takes tensors, numbers, strings, None and "
-                "nested tuples, lists and dicts of them"
+                "nested tuples, lists, dicts and plain objects of them"
             )
     labels = tuple(dotted(path) for path, _ in leaves)
     spec = CallSpec(
         tuple(key), tuple(names), tuple(positions), tuple(statics), tree, tuple(signature.parameters), labels
     )
     return spec, tensors
+
+
+def by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names of ``model.forward``. BadInput where they do not fit."""
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise BadInput(f"the call does not fit {type(model).__name__}.forward{signature}: {error}") from None
+    arguments: dict[str, Any] = {}
+    for name, value in bound.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(value)
+        else:
+            arguments[name] = value
+    return arguments
 
 
 def arguments_of(example: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
