@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -44,10 +45,34 @@ class Guard:
 
     def broken(self, args: Sequence[Tensor]) -> str:
         """Where in the model the first value is read that is another for these ``arguments``, or ""."""
-        with torch.no_grad():
-            now = self.graph(*(a.contiguous() for a in args))  # a view in the graph may need it
-        changed = (r for r, v in zip(self.reads, now, strict=True) if not torch.equal(v.to(r.value.device), r.value))
-        return next((r.line for r in changed), "")
+        try:
+            with torch.no_grad():
+                _Comparison(self).run(*(a.contiguous() for a in args))  # a view in the graph may need it
+        except _Differs as found:
+            return str(found)
+        return ""
+
+
+class _Differs(Exception):
+    """Stops a comparison; the message is the line of the model."""
+
+
+class _Comparison(fx.Interpreter):
+    """Runs the graph of a guard and compares each value as soon as it is there: what comes after it is computed with
+    sizes that are constants of the graph, and may be impossible for another value."""
+
+    def __init__(self, guard: Guard) -> None:
+        super().__init__(guard.graph)
+        self._reads: dict[fx.Node, list[Read]] = {}
+        for node, read in zip(guard.results, guard.reads, strict=True):
+            self._reads.setdefault(node, []).append(read)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        for read in self._reads.get(n, ()):
+            if not torch.equal(value.to(read.value.device), read.value):
+                raise _Differs(read.line)
+        return value
 
 
 def split(name: str, program: Program, reads: Sequence[Read]) -> tuple[Program, Guard | None]:

@@ -131,6 +131,14 @@ def _repeat_interleave(reads: _Reads, tensor: Tensor, repeats: Any = None, *args
     return torch.repeat_interleave(tensor, repeats, *args, **{**named, "output_size": count})
 
 
+def _bincount(reads: _Reads, tensor: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Any:
+    if not tensor.numel():
+        return NotImplemented
+    size = max(reads.read(tensor.max() + 1, _READERS[Tensor.item]), minlength)
+    ones = torch.ones_like(tensor, dtype=torch.int64) if weights is None else weights
+    return torch.zeros(size, dtype=ones.dtype, device=tensor.device).scatter_add(0, tensor.long(), ones)
+
+
 def _getitem(reads: _Reads, tensor: Tensor, index: Any) -> Any:
     return tensor[reads.index(index)]
 
@@ -154,6 +162,7 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     torch.where: _where,
     **dict.fromkeys((torch.masked_select, Tensor.masked_select), _masked_select),
     **dict.fromkeys((torch.repeat_interleave, Tensor.repeat_interleave), _repeat_interleave),
+    **dict.fromkeys((torch.bincount, Tensor.bincount), _bincount),
     Tensor.__getitem__: _getitem,
     Tensor.__setitem__: _setitem,
     **dict.fromkeys((torch.equal, Tensor.equal), _equal),
