@@ -140,17 +140,21 @@ def _replayed(job: _Job, recorder: Recorder, stopped: Untraceable) -> Captured:
     program, guard = split(job.name, program, replayer.seen)
     notes = [
         f"torch.export alone: {stopped}",
-        f"captured by torch.export with {len(replayer.seen)} values that Python reads as constants",
+        f"captured by torch.export with {_values(len(replayer.seen))} that Python reads as constants",
     ]
     if guard is None:
         notes.append("the values are the same in every call, so nothing is guarded")
     else:
         lines = ", ".join(dict.fromkeys(r.line.removeprefix(" at ") for r in guard.reads))
         notes.append(
-            f"guarded: {len(guard.reads)} values that depend on {', '.join(guard.inputs) or 'weights'}, read at {lines}"
-            "; where they differ the model is captured again"
+            f"guarded: {_values(len(guard.reads))}, from {', '.join(guard.inputs) or 'weights'}, read at {lines}; where "
+            "another is read the model is captured again"
         )
     return _captured(job, program, flat.packing, notes, lowered, guard)
+
+
+def _values(count: int) -> str:
+    return f"{count} value{'s' * (count != 1)}"
 
 
 def _captured(

@@ -8,6 +8,7 @@ the *size* of a result depends on values, only the size is replayed: ``x[mask]``
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ditopt._torch import pytree
+from ditopt._torch import pytree, whole_lists
 from ditopt.capture import where
 
 
@@ -32,6 +33,7 @@ class Read:
 
 _READERS: dict[Any, Callable[[Tensor], Any]] = {
     Tensor.item: lambda t: t.item(),
+    Tensor.tolist: lambda t: t.tolist(),
     Tensor.numpy: lambda t: t.numpy(),
     Tensor.__bool__: bool,
     Tensor.__int__: int,
@@ -70,10 +72,6 @@ class _Reads(TorchFunctionMode):
         special = _SPECIAL.get(func)
         found = special(self, *args, **named) if special is not None else NotImplemented
         return func(*args, **named) if found is NotImplemented else found
-
-    def numbers(self, tensor: Tensor) -> Any:
-        """``tensor.tolist()``, read number by number: that is how the tensors of a trace do it."""
-        return [self.numbers(row) for row in tensor] if tensor.ndim else self.read(tensor, _READERS[Tensor.item])
 
     def _size(self, value: Any) -> Any:
         return self.read(value, _READERS[Tensor.item]) if _is_number(value) else value
@@ -157,7 +155,6 @@ def _contains(reads: _Reads, tensor: Tensor, element: Any) -> Any:
 
 
 _SPECIAL: dict[Any, Callable[..., Any]] = {
-    Tensor.tolist: lambda reads, tensor: reads.numbers(tensor),
     **dict.fromkeys((torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere), _nonzero),
     torch.where: _where,
     **dict.fromkeys((torch.masked_select, Tensor.masked_select), _masked_select),
@@ -180,8 +177,8 @@ class Recorder(_Reads):
 
     def read(self, tensor: Tensor, take: Callable[[Tensor], Any]) -> Any:
         value = tensor.detach().clone().cpu()
-        self.reads.append(Read(where.of_caller(), value, take(value)))
-        return self.reads[-1].answer
+        self.reads.append(Read(where.of_caller(), value, take(value.clone())))
+        return take(value.clone())  # Python may change the list or array that it gets
 
 
 class Lost(Exception):
@@ -201,6 +198,17 @@ class Replayer(_Reads):
             self._waiting[read.line].append(read)
         self.seen: list[Read] = []
         self.observed: list[Tensor] = []
+
+    def __enter__(self) -> Any:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(whole_lists())
+            entered = super().__enter__()
+            self._stack = stack.pop_all()
+        return entered
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._stack.close()
 
     def read(self, tensor: Tensor, take: Callable[[Tensor], Any]) -> Any:
         line = where.of_caller()
