@@ -12,8 +12,10 @@ from ditopt._torch import compile_graph
 from ditopt.artifact import Executable, Manifest, StepGraph
 from ditopt.codegen.lower import Lowered, lower, lower_memos
 from ditopt.codegen.onnx.export import export_artifact
+from ditopt.errors import DitoptError
 from ditopt.ir.edit import inline
 from ditopt.ir.program import Program
+from ditopt.ops.call_module import calls
 
 
 def describe(program: Program, variants: Sequence[Lowered], memos: Sequence[Lowered], **more: Any) -> Manifest:
@@ -45,6 +47,7 @@ def build(program: Program, target: str, **more: Any) -> tuple[Manifest, dict[st
 
 def export(program: Program, path: Path, schedule: list[dict[str, Any]] | None, **more: Any) -> Manifest:
     """Write ``program`` as ONNX files beside ``path`` (codegen/onnx/export.py)."""
+    refuse_modules(program, "become ONNX")
     lowered = [*lower(program), *lower_memos(program)]
     split = len(lowered) - len(program.memos)
     manifest = describe(program, lowered[:split], lowered[split:], target="onnxruntime", **more)
@@ -56,6 +59,15 @@ def export(program: Program, path: Path, schedule: list[dict[str, Any]] | None, 
         path,
         schedule=schedule,
     )
+
+
+def refuse_modules(program: Program, what: str) -> None:
+    """DitoptError where the program calls Python of the model, which cannot ``what``."""
+    for body in calls(f.graph for f in program.functions.values()):
+        raise DitoptError(
+            f"this model looks at values of the latent{body.line}, which stays Python in its graph and cannot {what}; "
+            "run it in this process, with target eager or inductor"
+        )
 
 
 def flat_module(step: Lowered) -> fx.GraphModule:

@@ -75,24 +75,37 @@ class _Comparison(fx.Interpreter):
         return value
 
 
+class Decided(Untraceable):
+    """Python looks at values that change from step to step: those ``reads``."""
+
+    def __init__(self, message: str, reads: Sequence[Read]) -> None:
+        super().__init__(message)
+        self.reads = tuple(reads)
+
+
+_MOVES = Binding.LATENT | Binding.TIMESTEP
+
+
 def split(name: str, program: Program, reads: Sequence[Read]) -> tuple[Program, Guard | None]:
     """``program`` without its last results, which are the tensors of ``reads``, and the Guard over those.
 
-    No Guard where all of them are the same in every call. Untraceable, with the line of the model (a ``name``), where a
+    No Guard where all of them are the same in every call. Decided, with the line of the model (a ``name``), where a
     value depends on what changes from step to step.
     """
     function = program.step
     n = len(function.results) - len(reads)
     binding = bind(program)
     kept = []
+    moving = [(r, b) for r, node in zip(reads, function.results[n:], strict=True) if (b := binding[node] & _MOVES)]
+    if moving:
+        role = "latent" if moving[0][1] & Binding.LATENT else "timestep"
+        raise Decided(
+            f"{name} cannot be traced{moving[0][0].line}: Python looks at the value of a tensor there that depends on "
+            f"the {role}, so each step would need a graph of its own. Compute it outside forward and pass it "
+            "in, or use torch.where; where the role of an input is wrong, pass roles={'<name>': 'prompt'}.",
+            [read for read, _ in moving],
+        )
     for read, node in zip(reads, function.results[n:], strict=True):
-        for flag, role in ((Binding.LATENT, "latent"), (Binding.TIMESTEP, "timestep")):
-            if binding[node] & flag:
-                raise Untraceable(
-                    f"{name} cannot be traced{read.line}: Python looks at the value of a tensor there that depends on "
-                    f"the {role}, so each step would need a graph of its own. Compute it outside forward and pass it "
-                    "in, or use torch.where; where the role of an input is wrong, pass roles={'<name>': 'prompt'}."
-                )
         if any(_varies(p) for p in _sources(node)):
             kept.append((read, node))
     rest = program.replace(

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ditopt._torch import pytree, whole_lists
@@ -24,11 +24,13 @@ from ditopt.capture import where
 
 @dataclass(frozen=True)
 class Read:
-    """One look at a tensor: where in the model, what the tensor held, and what Python got."""
+    """One look at a tensor: where in the model, what the tensor held, what Python got, and the path of the innermost
+    module that was running ("" for the model itself)."""
 
     line: str
     value: Tensor
     answer: Any
+    module: str = ""
 
 
 _READERS: dict[Any, Callable[[Tensor], Any]] = {
@@ -169,15 +171,31 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
 
 
 class Recorder(_Reads):
-    """Notes every look at a tensor, in order, in ``reads``."""
+    """Notes every look at a tensor of ``model``, in order, in ``reads``."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.reads: list[Read] = []
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._paused = False
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is noted inside."""
+        self._paused, before = True, self._paused
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if self._paused:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
     def read(self, tensor: Tensor, take: Callable[[Tensor], Any]) -> Any:
         value = tensor.detach().clone().cpu()
-        self.reads.append(Read(where.of_caller(), value, take(value.clone())))
+        self.reads.append(Read(where.of_caller(), value, take(value.clone()), where.module_of_caller(self._paths)))
         return take(value.clone())  # Python may change the list or array that it gets
 
 
