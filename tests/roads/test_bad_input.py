@@ -350,8 +350,8 @@ def test_a_model_without_a_timestep(tmp_path):
         assert [torch.equal(fast(**call), none(**later[0])) for call in later] == [True, True, False]
     with pytest.warns(DitoptWarning, match=says):
         ditopt.export_onnx(none, tmp_path / "x.onnx", "cache{region=model,every=2}", steps=3, example_inputs=given)
+    recipe = "cache{region=model,every=2,predictor=newton,order=1,time=timestep}"
     with pytest.warns(DitoptWarning) as said:
-        recipe = "cache{region=model,every=2,predictor=newton,order=1,time=timestep}"
         ditopt.optimize(none, recipe, target="eager", example_inputs=given)
     assert "there is no timestep to measure distance in; cache{time=step} counts steps" in str(said[1].message)
 
