@@ -15,8 +15,10 @@ from ditopt.artifact import Executable, Manifest, StepGraph
 from ditopt.codegen.lower import Choices, Lowered, Lowering, lower, lower_memos
 from ditopt.codegen.onnx.export import export_artifact
 from ditopt.codegen.probe import NAME as PROBE
+from ditopt.errors import DitoptError
 from ditopt.ir.edit import inline
 from ditopt.ir.program import Program
+from ditopt.ops.call_module import calls
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def export(
     **more: Any,
 ) -> Manifest:
     """Write ``program`` as ONNX files beside ``path`` (codegen/onnx/export.py)."""
+    refuse_modules(program, "become ONNX")
     lowered = [*lower(program, rows), *lower_memos(program)]
     split = len(lowered) - len(program.memos)
     manifest = describe(program, lowered[:split], lowered[split:], target="onnxruntime", **more)
@@ -101,6 +104,15 @@ def export(
         path,
         schedule=schedule,
     )
+
+
+def refuse_modules(program: Program, what: str) -> None:
+    """DitoptError where the program calls Python of the model, which cannot ``what``."""
+    for body in calls(f.graph for f in program.functions.values()):
+        raise DitoptError(
+            f"this model looks at values of the latent{body.line}, which stays Python in its graph and cannot {what}; "
+            "run it in this process, with target eager or inductor"
+        )
 
 
 def flat_module(step: Lowered) -> fx.GraphModule:

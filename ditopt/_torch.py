@@ -5,7 +5,8 @@ Everything under ``torch._*`` moves between releases; gathering it here makes a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import fx
 from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils import _pytree as pytree
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "is_fake",
     "pytree",
     "weightless",
+    "whole_lists",
 ]
 
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
@@ -47,6 +50,21 @@ def weightless() -> FakeTensorMode:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # imports sympy
 
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[]))
+
+
+@contextlib.contextmanager
+def whole_lists() -> Iterator[None]:
+    """Inside, ``tolist`` of a tensor of a trace is one call that a TorchFunctionMode sees, as it is in eager; without
+    it the numbers are read one by one."""
+    owners: list[Any] = [kind for kind in (FakeTensor, FunctionalTensor) if "tolist" in vars(kind)]
+    own = [kind.tolist for kind in owners]
+    for kind in owners:
+        kind.tolist = torch.Tensor.tolist
+    try:
+        yield
+    finally:
+        for kind, method in zip(owners, own, strict=True):
+            kind.tolist = method
 
 
 def compile_graph(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:

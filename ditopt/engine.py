@@ -195,7 +195,7 @@ class Engine:
         self._captured, self._place = None, _place(self.model)
 
     def _compile(self, captured: Captured) -> Compiled:
-        history = rewrite(captured, self.recipe, self.target, self.steps)
+        history = rewrite(captured, self.recipe, self.target, self.steps, piece=bool(self.weights))
         program = history[-1].program if history else captured.program
         more = describe_for(captured, history, self.recipe, self.steps)
         if self.target == "onnxruntime":
@@ -339,18 +339,28 @@ def _place(model: nn.Module) -> tuple[torch.dtype, torch.device]:
     return (first.dtype, first.device) if first is not None else (torch.float32, torch.device("cpu"))
 
 
-def rewrite(captured: Captured, recipe: Recipe, target: str, steps: int | None) -> tuple[PassResult, ...]:
-    """What the passes of ``recipe`` did, with a DitoptWarning for each that was asked for and had no effect."""
+def rewrite(
+    captured: Captured, recipe: Recipe, target: str, steps: int | None, piece: bool = False
+) -> tuple[PassResult, ...]:
+    """What the passes of ``recipe`` did, with a DitoptWarning for each that was asked for and had no effect. A graph
+    without a timestep that may be a ``piece`` of a model (another may have the time) gets local passes only."""
     if not any(i.role == "timestep" for i in captured.program.inputs):
+        what = (
+            "so nothing can be kept from step to step: only local passes run. Where the graph is a part of a model "
+            "that Dynamo broke, use ditopt.optimize"
+            if piece
+            else "so steps are told apart by the latent, inside `with fast.session(steps=...)` or where a pipeline's "
+            "scheduler counts them; in other calls nothing is kept from step to step"
+        )
         warnings.warn(
-            "this graph has no timestep input, so nothing can be kept from step to step: only local passes run. "
-            "Where the graph is a part of a model that Dynamo broke, use ditopt.optimize; where the timestep has "
-            "another name, pass roles={'<name>': 'timestep'}",
+            f"this graph has no timestep input, {what}; where the timestep has another name, pass "
+            "roles={'<name>': 'timestep'}",
             DitoptWarning,
             stacklevel=5,
         )
-        local = Recipe.parse("canonicalize, outline_blocks")
-        return tuple(PassManager(local, Context(target, steps)).run(captured.program))
+        if piece:
+            local = Recipe.parse("canonicalize, outline_blocks")
+            return tuple(PassManager(local, Context(target, steps)).run(captured.program))
     history = tuple(PassManager(recipe, Context(target, steps)).run(captured.program))
     _complain(history)
     return history

@@ -32,11 +32,13 @@ def save(model: OptimizedModule, path: str | Path) -> Path:
     What is written is the signature used last. An earlier save in the folder is replaced whole, or kept after an error.
     """
     from ditopt.capture import seal
+    from ditopt.codegen.build import refuse_modules
     from ditopt.ir.text import print_program
     from ditopt.optimized import OptimizedModule
 
     if not isinstance(model, OptimizedModule):
         raise BadInput(f"a {type(model).__name__} was given; save takes what ditopt.optimize returned")
+    refuse_modules(model.program, "be written")
     model.release.require_all("saved")
     compiled, folder = model.compiled, Path(path)
     compiled.captured.refuse_writes("saved")

@@ -16,7 +16,8 @@ from ditopt.capture.aside import forgetful, quiet
 from ditopt.capture.check import check
 from ditopt.capture.flat import Flat, Packing, shared_copy
 from ditopt.capture.graph import Untraceable, refuse_symbols, to_program
-from ditopt.capture.guard import Guard, split
+from ditopt.capture.guard import Decided, Guard, split
+from ditopt.capture.outside import Outside
 from ditopt.capture.replay import Lost, Recorder, Replayer
 from ditopt.capture.spec import CallSpec
 from ditopt.errors import BadInput, CaptureError
@@ -110,9 +111,10 @@ def capture(
     Program instead of inputs (a graph from Dynamo takes its weights as arguments). A copy is traced that shares the
     weights; the model itself is not touched.
 
-    Two ways are tried: torch.export, then the same with the values that Python looks at replayed as constants, under a
-    guard (``replay``). Raises CaptureError when the model cannot be traced (with the model's own line) or when the
-    graph does not compute what the model computes on a derived input.
+    Three ways are tried: torch.export; the same with the values that Python looks at replayed as constants, under a
+    guard (``replay``); and that with the modules that look at the latent as operators (``outside``). Raises
+    CaptureError when the model cannot be traced (with the model's own line) or when the graph does not compute what the
+    model computes on a derived input.
     """
     job = _Job(model, spec, tensors, roles or {}, weights)
     fake = any(is_fake(t) for t in [*tensors, *model.parameters(), *model.buffers()])
@@ -128,15 +130,26 @@ def _either(job: _Job) -> Captured:
         return _plain(job)
     except Untraceable as error:
         stopped = error
-    recorder = Recorder()
-    try:
-        with quiet(), torch.no_grad():
-            Flat(shared_copy(job.model), job.spec, lambda: recorder)(*job.tensors)
-    except Exception as error:
-        raise CaptureError(_fails(job.name, error)) from error
-    if not recorder.reads:
-        raise stopped
-    return _replayed(job, recorder, stopped)
+    outside = Outside({})
+    while True:
+        twin = shared_copy(job.model)
+        recorder = Recorder(twin)
+        outside.observe(twin, recorder)
+        try:
+            with quiet(), torch.no_grad():
+                Flat(twin, job.spec, lambda noted=recorder: noted)(*job.tensors)  # type: ignore[misc]
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise CaptureError(_fails(job.name, error)) from error
+        if not recorder.reads and not outside.paths:
+            raise stopped
+        try:
+            return _replayed(job, recorder, outside, stopped)
+        except Decided as error:
+            if outside.paths or any(not r.module for r in error.reads):
+                raise  # the model itself looks: nothing would be left for a graph
+            outside = Outside({r.module: r.line for r in error.reads})
 
 
 def _plain(job: _Job) -> Captured:
@@ -146,28 +159,42 @@ def _plain(job: _Job) -> Captured:
     return _captured(job, program, flat.packing, ["captured by torch.export"], lowered)
 
 
-def _replayed(job: _Job, recorder: Recorder, stopped: Untraceable) -> Captured:
-    """By torch.export with the values that Python looks at as constants. ``stopped``: why not without."""
+def _replayed(job: _Job, recorder: Recorder, outside: Outside, stopped: Untraceable) -> Captured:
+    """By torch.export with the values that Python looks at as constants, and with the modules ``outside`` as operators.
+    ``stopped``: why not without."""
     replayer = Replayer(recorder.reads)
-    flat = Flat(shared_copy(job.model), job.spec, lambda: replayer, lambda: replayer.observed)
+    twin = shared_copy(job.model)
+    outside.place(twin)
+    flat = Flat(twin, job.spec, lambda: replayer, lambda: replayer.observed)
     try:
         program, lowered = job.export(flat, lambda: len(replayer.seen))
     except Untraceable as error:
         raise (stopped if isinstance(error.__cause__, Lost) else error) from error
     program, guard = split(job.name, program, replayer.seen)
-    notes = [
-        f"torch.export alone: {stopped}",
-        f"captured by torch.export with {len(replayer.seen)} values that Python reads as constants",
-    ]
-    if guard is None:
+    ways = [f"{_values(len(replayer.seen))} that Python reads as constants"] if replayer.seen else []
+    ways += [f"{len(outside.paths)} modules that stay Python"] if outside.paths else []
+    notes = [f"torch.export alone: {stopped}", f"captured by torch.export with {' and '.join(ways)}"]
+    if outside.paths:
+        notes.append(
+            f"{', '.join(sorted(outside.paths))} stay Python, one operator each, because what Python looks at there "
+            f"depends on the latent or the timestep:{', '.join(dict.fromkeys(outside.paths.values()))}; such a model "
+            "runs in this process, and cannot be written to a file or as ONNX"
+        )
+    if not replayer.seen:
+        pass
+    elif guard is None:
         notes.append("the values are the same in every call, so nothing is guarded")
     else:
         lines = ", ".join(dict.fromkeys(r.line.removeprefix(" at ") for r in guard.reads))
         notes.append(
-            f"guarded: {len(guard.reads)} values that depend on {', '.join(guard.inputs) or 'weights'}, read at {lines}"
-            "; where they differ the model is captured again"
+            f"guarded: {_values(len(guard.reads))}, from {', '.join(guard.inputs) or 'weights'}, read at {lines}; "
+            "where another is read the model is captured again"
         )
     return _captured(job, program, flat.packing, notes, lowered, guard)
+
+
+def _values(count: int) -> str:
+    return f"{count} value{'s' * (count != 1)}"
 
 
 def _captured(

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from ditopt.ir.program import Function, Program, callee, is_call
+from ditopt.ops.call_module import BODIES, call_module
 
 aten = torch.ops.aten
 
@@ -62,6 +63,10 @@ def _einsum(node: fx.Node) -> int:
     return 2 * math.prod(_shape(node)) * math.prod(size for letter, size in sizes.items() if letter not in result)
 
 
+def _module(node: fx.Node) -> int:
+    return BODIES[str(node.args[2])].flops if node.args[2] in BODIES else 0
+
+
 _COUNT: dict[Any, Callable[[fx.Node], int]] = {
     aten.linear.default: _matmul,
     aten.mm.default: _matmul,
@@ -82,6 +87,7 @@ _COUNT: dict[Any, Callable[[fx.Node], int]] = {
     aten.conv_transpose2d.input: _transposed,
     aten.conv_transpose3d.input: _transposed,
     aten.scaled_dot_product_attention.default: _attention,
+    call_module: _module,
 }
 
 

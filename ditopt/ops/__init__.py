@@ -3,6 +3,7 @@
 Importing this package registers them as ``torch.ops.ditopt.*``.
 """
 
+from ditopt.ops.call_module import call_module
 from ditopt.ops.select import select
 
-__all__ = ["select"]
+__all__ = ["call_module", "select"]

@@ -141,6 +141,9 @@ def _step(denoiser: Denoiser, call: Mapping[str, Any], k: int) -> dict[str, Any]
     noise = torch.Generator().manual_seed(k)
 
     def drift(value: Tensor) -> Tensor:
+        if not value.is_floating_point():  # tokens: a tenth of them become others in each step
+            others = value.flatten()[torch.randperm(value.numel(), generator=noise)].view(value.shape)
+            return torch.where(torch.rand(value.shape, generator=noise) < k / 10, others, value)
         return value * (1 - k / 20) + 0.1 * k * torch.randn(value.shape, generator=noise)
 
     def earlier(value: Tensor) -> Tensor:
