@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -108,13 +109,13 @@ def test_ecad_stays_within_its_share():
 
 
 def test_what_a_search_refuses():
-    given = {"steps": STEPS, "seeds": [0], "seconds": 1, "progress": False}
+    given: dict[str, Any] = {"steps": STEPS, "seeds": [0], "seconds": 1, "progress": False}
     with pytest.raises(RecipeError, match=r"share=1\.0 of 8 steps is all of them"):
         ditopt.calibrate(tiny_sampler.model(), "searched{share=1.0}", tiny_sampler.sample, **given)
     with pytest.raises(BadInput, match="returned a NoneType; a search compares samples"):
         ditopt.calibrate(tiny_sampler.model(), "searched", _nothing, **given)
     with pytest.raises(RecipeError, match="found by trying schedules"):
-        fit("searched", None)
+        fit("searched", None)  # type: ignore[arg-type]
 
 
 def _nothing(model, seed):

@@ -58,7 +58,7 @@ class Model(nn.Module):
                 if log is not None:
                     log.append(x)
             else:
-                x = x + layer.key
+                x = x + layer.key  # type: ignore[operator]
         return x
 
 
@@ -171,7 +171,7 @@ def test_what_the_model_writes_is_written():
 
 def test_the_caller_s_own_containers_are_written_into():
     fast = ditopt.optimize(model(), "lossless", target="eager")
-    cache, log = Cache(), []
+    cache, log = Cache(), []  # type: ignore[var-annotated]
     layers, first, more, kept = cache.layers, cache.layers[0], cache.more, log
     fast(**given(), cache=cache, mode="write", log=log)
     assert cache.layers is layers
@@ -188,7 +188,7 @@ def test_capture_notes_what_is_written_and_files_refuse_it(tmp_path):
     c = take(m, **call)
     assert c.written[0] == "cache.layers.0.key"
     assert any("writes 6 tensors into its arguments, cache.layers.0.key" in note for note in c.notes)
-    assert call["cache"].layers[0].key is None
+    assert call["cache"].layers[0].key is None  # type: ignore[attr-defined]
     fast = ditopt.optimize(m, "lossless", example_inputs=call, target="eager")
     for attempt in (
         lambda: ditopt.export_onnx(m, tmp_path / "a.onnx", example_inputs=call),
@@ -214,7 +214,7 @@ def test_a_model_that_takes_something_away():
 class Parted(Model):
     """Adds what is kept, times the number of its parts."""
 
-    def forward(self, x: Tensor, t: Tensor, cache: Cache, parts: list[int]) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cache: Cache, parts: list[int]) -> Tensor:  # type: ignore[override]
         return super().forward(x, t, cache, "read") * len(parts) + parts[-1]
 
 
@@ -228,6 +228,6 @@ def test_a_loaded_model_takes_objects_and_lists_of_numbers(tmp_path):
     for parts, told in (([1, 3], "parts.1=3 given"), ([1], "parts.1 not given"), ([1, 2, 2], "parts.2=2 given")):
         with pytest.raises(BadInput, match=told):
             loaded(**{**call, "parts": parts})
-    call["cache"].layers[0].writes = 2
+    call["cache"].layers[0].writes = 2  # type: ignore[attr-defined]
     with pytest.raises(BadInput, match=r"cache\.layers\.0\.writes=2 given"):
         loaded(**call)

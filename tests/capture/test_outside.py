@@ -102,7 +102,7 @@ def test_experts_are_cached_and_their_weights_seen(target):
     assert len(fast.program.blocks()) == 3
     assert len({b.function for b in fast.program.blocks()}) == 1
     assert 0 < fast.stats.share_block_flops < 1
-    model.blocks[1].ff.experts[0].weight.mul_(3)
+    model.blocks[1].ff.experts[0].weight.mul_(3)  # type: ignore[index, union-attr]
     with fast.session(steps=4):
         assert [close(fast(**c), model(**c)) for c in calls] == [True, False, True, False]
 
@@ -146,7 +146,7 @@ def test_experts_that_are_no_function_are_refused(experts, says):
 class Whole(Experts):
     """The model itself looks: nothing would be left for a graph."""
 
-    def forward(self, x, t):
+    def forward(self, x, t):  # type: ignore[override]
         return super().forward(x * t[:, None, None])[0]
 
 

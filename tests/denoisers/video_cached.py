@@ -340,7 +340,7 @@ def sana_wm_refiner(r: Draw) -> tuple[nn.Module, Call]:
 
     def rotary(first: int, last: int) -> Any:
         frames = list(range(first, last))
-        return model.build_rotary_emb_for_absolute_positions(BATCH, frames, ROWS, COLUMNS, torch.device("cpu"), 16.0)
+        return model.build_rotary_emb_for_absolute_positions(BATCH, frames, ROWS, COLUMNS, torch.device("cpu"), 16.0)  # type: ignore[operator]
 
     cache.sink_pe = rotary(0, 1)
     for layer in cache.layer_caches:
