@@ -179,7 +179,7 @@ def dreamlite(r: Draw) -> tuple[nn.Module, Call]:
         num_kv_heads=1,
         ff_mult=2,
     )
-    for block in model.transformer_blocks:  # as its U-Net does  # type: ignore[union-attr]
+    for block in model.transformer_blocks:  # type: ignore[union-attr]  # as its U-Net does  # type: ignore[union-attr]
         block.attn1.set_processor(DreamLiteAttnProcessor2_0())
         block.attn2.set_processor(DreamLiteAttnProcessor2_0())
     return model, {
