@@ -297,7 +297,10 @@ def main() -> None:
     wanted = [c for family in only if family in FAMILIES for c in FAMILIES[family](levels, args.steps)]
     if "fitted" in only:
         wanted += fitted(levels, args.steps, bench.shipped.sample, args.seconds)
-    rows = [bench.row(c) for c in tqdm(wanted, unit="contestant", mininterval=5)]
+    rows: list[Row] = []
+    with contextlib.suppress(KeyboardInterrupt):  # what was measured by then is written
+        for c in tqdm(wanted, unit="contestant", mininterval=5):
+            rows.append(bench.row(c))
     rows.sort(key=lambda r: (r.error != "", r.share))
     out = args.out.open("w", newline="") if args.out else sys.stdout
     writer = csv.writer(out, lineterminator="\n")
