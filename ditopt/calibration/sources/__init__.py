@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from ditopt.calibration.profile import Profile
+import numpy as np
+
+from ditopt.calibration.profile import Array, Profile
 from ditopt.errors import DitoptWarning, RecipeError
 from ditopt.pipeline import Value, print_call, suggest
 from ditopt.recipe import Recipe
@@ -62,6 +65,27 @@ def get(name: str) -> Source:
             f"{name}.py among the sources of calibration must offer REGIONS, a list of selectors, and fit, or search"
         )
     return cast(Source, module)
+
+
+def by_region(profile: Profile, selector: str) -> dict[str, Array]:
+    """The recording of each region that ``selector`` selects, in the order of the blocks: streams of a region that have
+    the same number of channels are joined along the tokens, others left out after the first."""
+    joined: dict[str, list[Array]] = {}
+    for name, values in profile.of(selector).items():
+        joined.setdefault(name.partition("/")[0], []).append(values)
+    whole = {
+        name: np.concatenate([p for p in parts if p.shape[-1] == parts[0].shape[-1]], axis=2)
+        for name, parts in joined.items()
+    }
+    return dict(sorted(whole.items(), key=lambda item: [int(n) for n in re.findall(r"\d+", item[0])]))
+
+
+def grouped(masks: Mapping[str, str]) -> dict[str, str]:
+    """Masks by region with the regions of equal masks joined, so that they are one decision."""
+    regions: dict[str, list[str]] = {}
+    for region, mask in masks.items():
+        regions.setdefault(mask, []).append(region)
+    return {"|".join(names): mask for mask, names in regions.items()}
 
 
 def _module(name: str) -> Any:
