@@ -237,7 +237,12 @@ def test_a_fitted_system_is_complete(name):
     assert system.source
     assert not system.passes
     assert all(p.doc for p in system.parameters)
-    for text in (name, f"{name}{{{system.parameters[0].name}=0.5}}", f"lossless, {name}"):
+    first = system.parameters[0]
+    for text in (
+        name,
+        f"{name}{{{first.name}={pipeline.print_value(first.default)}}}",
+        f"lossless, {name}",
+    ):
         with pytest.raises(RecipeError, match=rf"{name} is fitted to a model: r = ditopt\.calibrate\(model, '{name}'"):
             Recipe.parse(text)
 
