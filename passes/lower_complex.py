@@ -58,6 +58,11 @@ def _is_complex(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_complex()
 
 
+def _strides(value: torch.Tensor) -> list[int]:
+    """The strides that matter: those of dimensions longer than one."""
+    return [stride for stride, size in zip(value.stride(), value.shape, strict=True) if size != 1]
+
+
 def _concerned(function: Function) -> bool:
     return any(_is_complex(n.meta.get("val")) for n in function.graph.nodes)
 
@@ -76,7 +81,7 @@ class _Real:
             if node.op == "placeholder" or (node.op == "call_function" and is_call(node)):
                 node.meta["val"] = self._type(node.meta["val"])
             elif node.op == "call_function" and ({node, *node.all_input_nodes} & self.complex):
-                new = self._rewritten(node)
+                new = self._laid_out(node, self._rewritten(node))
                 node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
                 results = [new if r is node else r for r in results]
                 self.e.graph.erase_node(node)
@@ -110,6 +115,18 @@ class _Real:
         if node.target in _MOVES:
             return self._moved(node)
         raise DitoptError(f"{node.target} of complex values has no real form yet; run this model on target='eager'")
+
+    def _laid_out(self, node: fx.Node, new: fx.Node) -> fx.Node:
+        """``new`` with the strides that ``node`` had: a pair is packed anew, and a later view may need the old ones."""
+        wanted = self._type(node.meta["val"])
+        if not isinstance(wanted, torch.Tensor) or _strides(wanted) == _strides(new.meta["val"]):
+            return new
+        order = sorted(range(wanted.ndim), key=lambda d: -wanted.stride(d))
+        if not wanted.permute(order).is_contiguous():
+            return new  # expanded: no packing gives these strides, and no view of several dimensions could read them
+        packed = self._op(node, aten.permute.default, new, order)
+        packed = self._op(node, aten.clone.default, packed, memory_format=torch.contiguous_format)
+        return self._op(node, aten.permute.default, packed, [order.index(d) for d in range(wanted.ndim)])
 
     # -- operators that move values --------------------------------------------------------------------------------
 
