@@ -58,11 +58,6 @@ def _is_complex(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_complex()
 
 
-def _strides(value: torch.Tensor) -> list[int]:
-    """The strides that matter: those of dimensions longer than one."""
-    return [stride for stride, size in zip(value.stride(), value.shape, strict=True) if size != 1]
-
-
 def _concerned(function: Function) -> bool:
     return any(_is_complex(n.meta.get("val")) for n in function.graph.nodes)
 
@@ -118,15 +113,16 @@ class _Real:
 
     def _laid_out(self, node: fx.Node, new: fx.Node) -> fx.Node:
         """``new`` with the strides that ``node`` had: a pair is packed anew, and a later view may need the old ones."""
-        wanted = self._type(node.meta["val"])
-        if not isinstance(wanted, torch.Tensor) or _strides(wanted) == _strides(new.meta["val"]):
+        old, got = node.meta["val"], new.meta["val"]
+        if not isinstance(old, torch.Tensor):  # the parts of a split; each is taken by a getitem
             return new
-        order = sorted(range(wanted.ndim), key=lambda d: -wanted.stride(d))
-        if not wanted.permute(order).is_contiguous():
-            return new  # expanded: no packing gives these strides, and no view of several dimensions could read them
+        strides = [*(2 * s for s in old.stride()), 1] if old.is_complex() else list(old.stride())
+        if all(a == b for a, b, size in zip(strides, got.stride(), got.shape, strict=True) if size != 1):
+            return new
+        order = sorted(range(got.ndim), key=lambda d: -strides[d])
         packed = self._op(node, aten.permute.default, new, order)
         packed = self._op(node, aten.clone.default, packed, memory_format=torch.contiguous_format)
-        return self._op(node, aten.permute.default, packed, [order.index(d) for d in range(wanted.ndim)])
+        return self._op(node, aten.permute.default, packed, [order.index(d) for d in range(got.ndim)])
 
     # -- operators that move values --------------------------------------------------------------------------------
 

@@ -38,15 +38,16 @@ def widen(module: fx.GraphModule, where: str) -> fx.GraphModule:
             raise BadInput(
                 f"{where} reinterprets the bits of a bfloat16 value, which the ONNX target cannot; use target='eager'"
             )
-        new.args, new.kwargs = fx.node.map_aggregate((new.args, new.kwargs), _wide_type)  # type: ignore[assignment]
-        if _narrow(node.meta["val"]) and not isinstance(node.meta["val"], (tuple, list)) and not _moves(node):
+        new.args, new.kwargs = fx.node.map_aggregate((new.args, new.kwargs), _wide_type)
+        value = node.meta.get("val")  # none on an assertion
+        if isinstance(value, torch.Tensor) and _narrow(value) and not _moves(node):
             rounded = graph.call_function(_aten._to_copy.default, (new,), {"dtype": torch.bfloat16})
             made[node] = graph.call_function(_aten._to_copy.default, (rounded,), {"dtype": torch.float32})
     return fx.GraphModule(module, graph, module._get_name())
 
 
 def between_casts(value: Any) -> bool:
-    """Whether a value of an onnx_ir.Model is no more than the rounding that ``widen`` wrote: a cast's, read by casts."""
+    """Whether a value of an onnx_ir.Model is no more than the rounding that ``widen`` wrote: made and read by casts."""
     producer = value.producer()
     return producer is not None and all(node.op_type == "Cast" for node in (producer, *(u.node for u in value.uses())))
 

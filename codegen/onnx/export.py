@@ -62,8 +62,8 @@ def export_graph(
     In the file, formals of kind "param" that the graph uses are initializers named by their ref; every other formal is
     an input in the order of ``graph.inputs``, named by its ref. Outputs are ``output_names`` (else ``out.<k>``), then
     ``new.<slot>``. Where two names of one graph agree the later gets its kind in front (``state.x``, ``out.x``); go by
-    position there. bfloat16 inside is rounded float32; among weights, inputs and results it is BadInput, for onnxruntime
-    cannot run it on CPU.
+    position there. bfloat16 inside becomes rounded float32; among weights, inputs and results it is BadInput, for
+    onnxruntime cannot run it on CPU.
     """
     where = f"graph {graph.name!r}"
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
@@ -83,7 +83,8 @@ def export_graph(
     ]
     for f, x in zip(graph.inputs, inputs, strict=True):
         check_dtype(x.dtype, f"{f.kind} {f.ref!r} of {where}")
-    for k, result in enumerate(module.graph.output_node().args[0]):
+    results: Any = module.graph.output_node().args[0]
+    for k, result in enumerate(results):
         if "val" in result.meta:
             check_dtype(result.meta["val"].dtype, f"result {k} of {where}")
     model = _translate(bfloat16.widen(module, where), inputs, where)

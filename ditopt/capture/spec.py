@@ -15,6 +15,8 @@ from ditopt._torch import pytree
 from ditopt.errors import BadInput
 
 SCALARS = (bool, int, float, str, type(None))
+STATIC = (*SCALARS, torch.dtype, torch.device, torch.Size)
+"""Types of leaves that a graph holds fixed."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class CallSpec:
 
     ``key`` identifies the signature: structure, shapes, dtypes, devices and static values. Python floats, and an
     integer timestep, become tensors; every other Python value is static. ``names``: dotted names of the tensors;
-    ``arguments``: the parameters of forward; ``labels``: dotted names of all leaves.
+    ``arguments``: the parameters of forward; ``labels``: dotted names of all leaves; ``defaults``: (dotted name, value)
+    of each leaf of the defaults of parameters that the call leaves out.
     """
 
     key: tuple[Any, ...]
@@ -34,6 +37,7 @@ class CallSpec:
 
     arguments: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    defaults: tuple[tuple[str, Any], ...] = ()
 
     def static_items(self) -> list[tuple[str, Any]]:
         """(dotted name, value) of the arguments that are no tensors."""
@@ -88,7 +92,7 @@ def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tu
             statics.append(None)
             tensors.append(leaf)
             key.append((tuple(leaf.shape), leaf.dtype, leaf.device))
-        elif isinstance(leaf, (*SCALARS, torch.dtype, torch.device, torch.Size)):
+        elif isinstance(leaf, STATIC):
             statics.append(leaf)
             key.append(leaf)
         else:
@@ -97,8 +101,17 @@ def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tu
                 "nested tuples, lists and dicts of them"
             )
     labels = tuple(dotted(path) for path, _ in leaves)
+    left_out = {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty and n not in bound}
+    defaults = [(dotted(path), leaf) for path, leaf in pytree.tree_flatten_with_path(left_out)[0]]
     spec = CallSpec(
-        tuple(key), tuple(names), tuple(positions), tuple(statics), tree, tuple(signature.parameters), labels
+        tuple(key),
+        tuple(names),
+        tuple(positions),
+        tuple(statics),
+        tree,
+        tuple(signature.parameters),
+        labels,
+        tuple((name, leaf) for name, leaf in defaults if isinstance(leaf, STATIC)),
     )
     return spec, tensors
 
