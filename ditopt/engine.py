@@ -6,7 +6,6 @@ keep the same reports.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import warnings
@@ -416,16 +415,13 @@ def describe_for(
 
 
 def _constants(spec: CallSpec) -> dict[str, Any]:
-    """What the capture saw for arguments that are no tensors, where JSON can hold it."""
-    out = {}
-    for name, value in spec.static_items():
-        try:
-            json.dumps(value)
-        except TypeError:
-            continue
-        if value is not None and name != "return_dict":
-            out[name] = value
-    return out
+    """What the capture saw for arguments that are no tensors, and the defaults of those that were left out, as JSON has
+    it. An argument that is None says nothing."""
+    return {
+        name: str(value) if isinstance(value, (torch.dtype, torch.device)) else value
+        for name, value in (*spec.static_items(), *spec.defaults)
+        if name != "return_dict" and (value is not None or "." in name)
+    }
 
 
 def schedule_of(

@@ -16,6 +16,8 @@ from ditopt.capture.opened import opened
 from ditopt.errors import BadInput
 
 SCALARS = (bool, int, float, str, type(None))
+STATIC = (*SCALARS, torch.dtype, torch.device, torch.Size)
+"""Types of leaves that a graph holds fixed."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class CallSpec:
 
     ``key`` identifies the signature: structure, shapes, dtypes, devices and static values. Python floats, and an
     integer timestep, become tensors; every other Python value is static. ``names``: dotted names of the tensors;
-    ``arguments``: the parameters of forward; ``labels``: dotted names of all leaves.
+    ``arguments``: the parameters of forward; ``labels``: dotted names of all leaves; ``defaults``: (dotted name, value)
+    of each leaf of the defaults of parameters that the call leaves out.
     """
 
     key: tuple[Any, ...]
@@ -35,6 +38,7 @@ class CallSpec:
 
     arguments: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    defaults: tuple[tuple[str, Any], ...] = ()
 
     def static_items(self) -> list[tuple[str, Any]]:
         """(dotted name, value) of the arguments that are no tensors."""
@@ -80,7 +84,7 @@ def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tu
             statics.append(None)
             tensors.append(leaf)
             key.append((tuple(leaf.shape), leaf.dtype, leaf.device))
-        elif isinstance(leaf, (*SCALARS, torch.dtype, torch.device, torch.Size)):
+        elif isinstance(leaf, STATIC):
             statics.append(leaf)
             key.append(leaf)
         else:
@@ -89,8 +93,19 @@ def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tu
                 "nested tuples, lists, dicts and plain objects of them"
             )
     labels = tuple(dotted(path) for path, _ in leaves)
+    left_out = {
+        n: p.default for n, p in signature.parameters.items() if p.default is not p.empty and n not in arguments
+    }
+    defaults = [(dotted(path), leaf) for path, leaf in pytree.tree_flatten_with_path(left_out)[0]]
     spec = CallSpec(
-        tuple(key), tuple(names), tuple(positions), tuple(statics), tree, tuple(signature.parameters), labels
+        tuple(key),
+        tuple(names),
+        tuple(positions),
+        tuple(statics),
+        tree,
+        tuple(signature.parameters),
+        labels,
+        tuple((name, leaf) for name, leaf in defaults if isinstance(leaf, STATIC)),
     )
     return spec, tensors
 

@@ -1,6 +1,7 @@
 """What ditopt does with one denoiser of the tests: captured, blocks found, exact, cached, exported.
 
-Each question is asked through the functions that users call; an answer is "yes" or "no: " and the reason.
+Each question is asked through the functions that users call; an answer is "yes", "no: " and the reason, or "none: "
+and why the question does not apply.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tests.denoisers import REGISTRY, Denoiser
 STEPS = 6
 YES = "yes"
 PENDING = "no: not measured"
+NO_TIMESTEP = "none: no argument is a timestep, so there are no steps to keep anything from"
 
 Outputs = list[list[Tensor]]
 """The tensors of each step."""
@@ -62,16 +64,20 @@ class Row:
         value = getattr(self, column)
         return value == YES or (column == "captured" and not value.startswith(("no: ", "refused: ")))
 
+    def applies(self, column: str) -> bool:
+        """Whether the question of ``column`` makes sense for this model."""
+        return column == "blocks" or not getattr(self, column).startswith("none: ")
+
     @property
     def green(self) -> bool:
         """Whether every column holds."""
         return all(self.passed(c) for c in COLUMNS)
 
     def reasons(self) -> list[str]:
-        """A sentence for each column that does not hold."""
+        """A sentence for each column that applies and does not hold."""
         out = []
         for column in COLUMNS:
-            if not self.passed(column):
+            if self.applies(column) and not self.passed(column):
                 found = f"no: {self.blocks} of {self.expected}" if column == "blocks" else getattr(self, column)
                 out.append(f"{column}: {found.removeprefix('no: ').removeprefix('refused: ')}")
         return out
@@ -129,7 +135,8 @@ def probe(name: str, tell: Callable[[Row], None] = lambda row: None, *, full: bo
         update(seconds=round(time.process_time() - start, 2), **_structure(lossless))
         update(exact=_answer(lambda: exact(lossless, request)))
         made: list[OptimizedModule] = []
-        update(cached=_answer(lambda: cached(request, made)))
+        timed = any(i.role == "timestep" for i in lossless.compiled.captured.program.inputs)
+        update(cached=_answer(lambda: cached(request, made)) if timed else NO_TIMESTEP)
         if full:
             fastest = made[0] if row.cached == YES else lossless
             update(onnx=_answer(lambda: onnx(fastest, request)))

@@ -178,6 +178,7 @@ def run_one(fn, example, tmp_path):
         (lambda w, x: (x.cumsum(0) / x.sum(-1, keepdim=True),), [torch.rand(3, 4).half() + 1]),
         (lambda w, x: (x.any(0),), [torch.tensor([[True, False], [False, False]])]),
         (lambda w, x: (torch.cat([x, x.new_ones(2, 3)], 1),), [torch.randn(2, 0)]),
+        (lambda w, x: (x[2:] * 2,), [torch.randn(2, 3)]),
         (lambda w, x: (torch.nn.functional.layer_norm(x, (8,)).softmax(-1),), [torch.randn(2, 8).half()]),
         (lambda w, x: (x.to(torch.int32),), [torch.randn(2, 8, dtype=torch.float64)]),
     ],
