@@ -100,7 +100,7 @@ class Caching:
             if not found.lag:
                 self._independent(found.node)
             slot = self.reuse.slot("signal", found.node.meta["val"])
-            self.reuse.update(slot, found.node, "computed" if found.lag else "always")
+            self.reuse.update(slot, found.node, found.when)
             asked = rule(slot.meta["formal"].ref, found)
         gram = inner_products(self.reuse, self._kept) if self.o.predictor.basis == "dmd" else ""
         self.reuse.finish(self.before.step.state_out)
