@@ -228,13 +228,32 @@ def _from_text(text: str) -> Recipe:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A knob of a published system, under the name its users know, and the other names they know it by."""
+    """A knob of a published system, under the name its users know, and the other names they know it by.
+
+    ``min``, ``max``: of a number. ``choices``: the words that a text may be, and for each the recipe text that stands
+    in ``passes`` in its place (it may hold parameters without choices).
+    """
 
     name: str
     default: Value
     doc: str
     aliases: tuple[str, ...] = ()
     min: float | None = None
+    max: float | None = None
+    choices: Mapping[str, str] = field(default_factory=dict)
+
+    def read(self, what: str, value: Value) -> Value:
+        """``value`` as the parameter's type; RecipeError names ``what`` where it is none, or out of range."""
+        typed = read_value(what, type(self.default), value)
+        if self.choices and typed not in self.choices:
+            raise RecipeError(f"{what}: got {typed!r}; {suggest(str(typed), self.choices)}")
+        if isinstance(typed, str):
+            return typed
+        if self.min is not None and not typed >= self.min:  # NaN is neither
+            raise RecipeError(f"{what}: expected at least {self.min:g}, got {typed}")
+        if self.max is not None and not typed <= self.max:
+            raise RecipeError(f"{what}: expected at most {self.max:g}, got {typed}")
+        return typed
 
 
 @dataclass(frozen=True)
@@ -258,13 +277,13 @@ class System:
 
     def recipe(self, given: Mapping[str, Value] | None = None) -> Recipe:
         """The recipe with some parameters changed; text values are read as the parameter's type."""
-        values = self.values(given)
+        values, words = self._read(given)
         if not self.passes:
             raise RecipeError(
                 f"{self.name} is fitted to a model: r = ditopt.calibrate(model, {self.name!r}, sampler, steps=...), "
                 "then pass r as recipe"
             )
-        text = _PARAMETER.sub(lambda m: pipeline.print_value(values[m.group(1)]), self.passes)
+        text = self._filled(values, words)
         try:
             return Recipe(_from_text(text).steps, self.name)
         except RecipeError as error:
@@ -272,6 +291,10 @@ class System:
 
     def values(self, given: Mapping[str, Value] | None = None) -> dict[str, Value]:
         """The value of every parameter by its name, some of them ``given`` under any of their names."""
+        return self._read(given)[0]
+
+    def _read(self, given: Mapping[str, Value] | None) -> tuple[dict[str, Value], dict[str, str]]:
+        """The values by name, and the words under which some were given."""
         values: dict[str, Value] = {p.name: p.default for p in self.parameters}
         known = {alias: p for p in self.parameters for alias in (p.name, *p.aliases)}
         seen: dict[str, str] = {}
@@ -282,16 +305,30 @@ class System:
             if p.name in seen:
                 raise RecipeError(f"recipe {self.name}: {seen[p.name]} and {word} are one parameter; give it once")
             seen[p.name] = word
-            what = f"{self.name}{{{word}=...}}"
-            values[p.name] = typed = read_value(what, type(p.default), value)
-            if p.min is not None and not isinstance(typed, str) and typed < p.min:
-                raise RecipeError(f"{what}: expected at least {p.min:g}, got {typed}")
-        return values
+            values[p.name] = p.read(f"{self.name}{{{word}=...}}", value)
+        return values, seen
+
+    def _filled(self, values: Mapping[str, Value], given: Mapping[str, str]) -> str:
+        """``passes`` with ``values`` in place. RecipeError where the word for a ``given`` one has no place there."""
+        choices = {p.name: p.choices for p in self.parameters if p.choices}
+        used: dict[str, Value] = {}
+
+        def put(match: re.Match[str]) -> str:
+            name = match.group(1)
+            used[name] = value = values[name]
+            return _PARAMETER.sub(put, choices[name][str(value)]) if name in choices else pipeline.print_value(value)
+
+        text = _PARAMETER.sub(put, self.passes)
+        for name, word in given.items():
+            if name not in used:
+                chosen = " and ".join(f"{n}={v}" for n, v in used.items() if n in choices)
+                raise RecipeError(f"recipe {self.name}: {word} has no effect with {chosen}; leave it out")
+        return text
 
 
 _PARAMETER = re.compile(r"\{(\w+)\}")
 _KEYS = {"name", "title", "source", "seed", "claim", "contract", "notes", "passes", "parameters", "calibration"}
-_PARAMETER_KEYS = {"default", "doc", "aliases", "min"}
+_PARAMETER_KEYS = {"default", "doc", "aliases", "min", "max", "choices"}
 
 
 def _system(text: str, where: str) -> System:
@@ -314,21 +351,24 @@ def _system(text: str, where: str) -> System:
     if not isinstance(notes, list) or not all(isinstance(n, str) for n in notes):
         raise RecipeError(f"{where}: the field notes is a list of texts, not {notes!r}")
     specs = data.get("parameters", {})
-    passes = data.get("passes", "").strip()
-    parameters = [_parameter(name, specs[name], where) for name in specs]
-    for name in specs:
-        if not fitted and f"{{{name}}}" not in passes:
-            raise RecipeError(f"{where}: [parameters.{name}] is nowhere in passes; write {{{name}}} where it goes")
-    for name in _PARAMETER.findall(passes):
-        if name not in {p.name for p in parameters}:
-            raise RecipeError(f"{where}: passes uses {{{name}}}, which [parameters] does not declare")
+    texts = [data.get("passes", "").strip(), *_choice_texts(specs)]
+    parameters = [_parameter(name, specs[name], "" if fitted else " ".join(texts), where) for name in specs]
+    plain = {p.name for p in parameters if not p.choices}
+    for i, text in enumerate(texts):
+        for name in _PARAMETER.findall(text):
+            if i == 0 and name not in specs:
+                raise RecipeError(f"{where}: passes uses {{{name}}}, which [parameters] does not declare")
+            if i and name not in plain:
+                raise RecipeError(
+                    f"{where}: the choice {text!r} uses {{{name}}}, which is no parameter without choices"
+                )
     contract = data.get("contract", "approximate")
     if contract not in ("exact", "approximate"):
         raise RecipeError(f"{where}: contract is 'exact' or 'approximate', not {contract!r}")
     return System(
         name=data["name"],
         title=data.get("title", data["name"]),
-        passes=passes,
+        passes=texts[0],
         contract=contract,
         source=data.get("source", ""),
         seed=data.get("seed", ""),
@@ -339,13 +379,27 @@ def _system(text: str, where: str) -> System:
     )
 
 
-def _parameter(name: str, spec: Any, where: str) -> Parameter:
+def _parameter(name: str, spec: Any, passes: str, where: str) -> Parameter:
     where = f"{where}: [parameters.{name}]"
     if not isinstance(spec, dict) or not {"default", "doc"} <= set(spec) <= _PARAMETER_KEYS:
-        raise RecipeError(f"{where} needs default and doc, and may have aliases and min")
+        raise RecipeError(f"{where} needs default and doc, and may have aliases, min, max and choices")
     if not isinstance(spec["default"], (int, float, str, bool)):
         raise RecipeError(f"{where}: a default is a number, text, true or false, not {spec['default']!r}")
-    return Parameter(name, spec["default"], spec["doc"], tuple(spec.get("aliases", ())), spec.get("min"))
+    if passes and f"{{{name}}}" not in passes:
+        raise RecipeError(f"{where} is nowhere in passes; write {{{name}}} where it goes")
+    choices = spec.get("choices", {})
+    if not isinstance(choices, dict) or not all(isinstance(t, str) for t in choices.values()):
+        raise RecipeError(f"{where}: choices is a table of words and the recipe text for each, not {choices!r}")
+    if choices and spec["default"] not in choices:
+        raise RecipeError(f"{where}: the default {spec['default']!r} is none of its choices {', '.join(choices)}")
+    aliases = tuple(spec.get("aliases", ()))
+    return Parameter(name, spec["default"], spec["doc"], aliases, spec.get("min"), spec.get("max"), choices)
+
+
+def _choice_texts(specs: Any) -> list[str]:
+    """The recipe text of every choice of every parameter."""
+    tables = [s.get("choices") for s in specs.values() if isinstance(s, dict)]
+    return [str(t) for table in tables if isinstance(table, dict) for t in table.values()]
 
 
 def _from_file(path: Path) -> Recipe:

@@ -47,8 +47,8 @@ class Cache(Pass):
     ``signal`` (ir/signals.py): decide on the steps that the schedule leaves open by a number; then ``every=0`` (the
     default there) forces none, and a ``mask`` allows reuse at its zeros. The rest is the ``Rule``: ``test``,
     ``threshold`` (its limit), ``coefficients`` and ``domain`` (numbers, highest degree first; lowest and highest),
-    ``book`` (as in "0.03:12 0.05:10 inf:3"), ``longest``, ``most``, ``budget``; ``watch``: order of the Taylor series
-    that signal=forecast checks.
+    ``book`` (as in "0.03:12 0.05:10 inf:3": below 0.03 the next step that computes is the twelfth from here),
+    ``longest``, ``most``, ``budget``; ``watch``: order of the Taylor series that signal=forecast checks.
     """
 
     region: str = "blocks.1:-1"
@@ -65,7 +65,7 @@ class Cache(Pass):
     residual: Literal["auto", "yes", "no"] = "auto"
     store: Store = "full"
     correction: str = ""
-    signal: Literal["none", "residual", "hidden", "modulated", "forecast", "boundary", "change"] = "none"
+    signal: Literal["none", "residual", "hidden", "modulated", "forecast", "boundary", "change", "drift"] = "none"
     test: Literal["below", "sum", "book"] = "below"
     threshold: float = 0.0
     coefficients: str = ""
@@ -234,9 +234,11 @@ def _book(text: str) -> tuple[tuple[float, ...], ...]:
         bound, _, steps = word.partition(":")
         try:
             pairs.append((float(bound), float(int(steps))))
+            if int(steps) < 1:
+                raise ValueError(steps)
         except ValueError:
             raise RecipeError(
-                f"cache{{book={text}}}: {word!r} is no bound:steps; write as in '0.03:12 inf:3'"
+                f"cache{{book={text}}}: {word!r} is no bound:steps, 1 step or more; write as in '0.03:12 inf:3'"
             ) from None
     if pairs and ([b for b, _ in pairs] != sorted({b for b, _ in pairs}) or pairs[-1][0] != math.inf):
         raise RecipeError(f"cache{{book={text}}}: bounds must rise, and the last one be inf")

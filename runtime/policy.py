@@ -125,8 +125,9 @@ def coefficients(
 ) -> list[float]:
     """The weights of ``predictor`` (that of ``decision``, or of its rule) at ``now``; see predict.weights."""
     used = list(anchors)
-    if predictor.basis in ("taylor", "hermite") and not decision.schedule.mask:
+    if predictor.basis in ("taylor", "hermite") and not decision.schedule.mask and decision.rule is None:
         # TaylorSeer forms differences only from step first - 1 on: values older than first - 2 never enter one.
+        # Where a rule decides (DBCache, CG-Taylor), every computed step counts.
         oldest = decision.schedule.first - 2
         used = [a for i, a in enumerate(anchors) if i == 0 or a.step >= oldest]
     progress = None if steps is None else min(now.step / max(steps - 1, 1), 1.0)

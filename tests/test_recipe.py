@@ -11,6 +11,7 @@ import pytest
 
 import ditopt.passes
 from ditopt import pipeline
+from ditopt import recipe as recipes
 from ditopt.errors import RecipeError
 from ditopt.recipe import Recipe, Step, available, named
 
@@ -172,7 +173,9 @@ def test_toml_and_json_files(stub, tmp_path):
         ("{interval}", "3", "[parameters.interval] is nowhere in passes"),
         ("{share}", "{shar}", "[parameters.share] is nowhere in passes"),
         ("every={interval}", "every={interval},region={where}", "passes uses {where}"),
-        ("min = 2", "max = 2", "[parameters.interval] needs"),
+        ("min = 2", "most = 2", "[parameters.interval] needs"),
+        ('doc = "how much"', 'doc = "how much"\nchoices = {a = "4"}', "the default 0.5 is none of its choices a"),
+        ('doc = "how much"', 'doc = "how much"\nchoices = [3]', "choices is a table of words"),
         ('doc = "how often"', "", "[parameters.interval] needs"),
         ("default = 4", "default = [4]", "not [4]"),
         ('name = "mine"', 'name = "mine"\ntitle = 3', "the field title is text"),
@@ -202,6 +205,58 @@ def test_a_broken_json_is_named(tmp_path, text):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(RecipeError, match=r"nowhere\.toml cannot be read"):
         Recipe.parse(tmp_path / "nowhere.toml")
+
+
+CHOICES = """
+name = "mine"
+passes = "stub_options{{how},share={share}}"
+[parameters.how]
+default = "often"
+doc = "how"
+choices = {often = "every={interval}", once = "region=model"}
+[parameters.interval]
+default = 4
+min = 2
+max = 9
+doc = "how often"
+[parameters.share]
+default = 0.5
+doc = "how much"
+"""
+
+
+@pytest.fixture
+def mine(stub, monkeypatch):
+    """A system whose parameter has choices, under its name."""
+    monkeypatch.setattr(recipes, "available", lambda: {"mine": recipes._system(CHOICES, "mine.toml")})
+
+
+def test_a_choice_stands_for_recipe_text(mine):
+    assert str(Recipe.parse("mine")) == "stub_options{every=4,share=0.5}"
+    assert str(Recipe.parse("mine{interval=9}")) == "stub_options{every=9,share=0.5}"
+    assert str(Recipe.parse("mine{how=once,share=1}")) == "stub_options{region=model,share=1.0}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("mine{how=offen}", "got 'offen'; did you mean 'often'"),
+        ("mine{how=once,interval=3}", "recipe mine: interval has no effect with how=once; leave it out"),
+        ("mine{interval=10}", "expected at most 9, got 10"),
+        ("mine{interval=1}", "expected at least 2, got 1"),
+    ],
+)
+def test_a_choice_or_a_number_that_does_not_fit(mine, text, said):
+    with pytest.raises(RecipeError) as error:
+        Recipe.parse(text)
+    assert said in str(error.value)
+
+
+def test_a_choice_holds_no_other_choice(stub, tmp_path):
+    text = CHOICES.replace("every={interval}", "every={how}").replace("{share}", "{share},every={interval}")
+    path = write(tmp_path, text)
+    with pytest.raises(RecipeError, match=r"the choice 'every=\{how\}' uses \{how\}, which is no parameter without"):
+        Recipe.parse(path)
 
 
 # -- what ships --------------------------------------------------------------------------------------------------------

@@ -162,10 +162,11 @@ class Rule:
 
     ``signal``: state slot with what is read, float32 (1,). Where ``lag`` is False it is measured by the step itself,
     before the decision; else it is what an earlier step left. ``test``: "below" (reuse while it is below ``limit``),
-    "sum" (add it up since the last computed step, reuse while the sum is below ``limit``), "book" (``book`` gives the
-    number of steps to reuse: pairs of an upper bound of the number, per step that the value was held, and steps; the
-    last bound is inf). ``polynomial``: coefficients, highest degree first, applied to what was read, after clamping it
-    to ``domain`` (lowest, highest; () does not clamp); negative results count as 0.
+    "sum" (add it up since the last computed step, reuse while the sum is below ``limit``), "book" (after a computed
+    step ``book`` says how many steps later the next one computes: pairs of an upper bound and steps, the last bound
+    inf; it is asked with the number divided by the distance between the two newest computed steps). ``polynomial``:
+    coefficients, highest degree first, applied to what was read, after clamping it to ``domain`` (lowest, highest; ()
+    does not clamp); negative results count as 0.
     ``longest``, ``most``, ``budget``: at most so many reused steps in a row, in a request, and at most so large a sum
     of what was measured at reused steps since the last computed one; 0 is no bound.
     ``slots``, ``weights``, ``predictor``: of the forecast that the signal is the error of, where it is one.

@@ -55,17 +55,17 @@ def test_a_guard_that_forbids_reuse_reads_nothing():
     assert not asks(rule, Course(run=1))
 
 
-def test_a_book_grants_steps_by_the_change_per_step_held():
+def test_a_book_says_how_far_the_next_computed_step_is_by_the_change_per_step():
     rule = Rule("s", "book", lag=True, book=((0.1, 3.0), (0.2, 2.0), (math.inf, 1.0)))
     course, read = Course(), []
     out = ""
-    for signal in (0.05, None, None, None, 0.45, None, None, 0.9, None):
+    for signal in (0.05, None, None, 0.45, None, 0.9):
         if asks(rule, course):
             read.append(signal)
         reuse, course = decide(rule, course, signal if asks(rule, course) else None)
         out += "0" if reuse else "1"
-    # 0.05 grants 3; 0.45 / 3 held = 0.15 grants 2; 0.9 / 2 held = 0.45 grants 1
-    assert out == "000100101"
+    # the next computed step is 3 after this one; 0.45 / 3 = 0.15: 2 after; 0.9 / 2 = 0.45: the very next
+    assert out == "001011"
     assert read == [0.05, 0.45, 0.9]
 
 
