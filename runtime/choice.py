@@ -13,7 +13,7 @@ from ditopt.artifact import StepGraph
 from ditopt.errors import SessionError
 from ditopt.ir.program import Decision
 from ditopt.runtime.plan import Ready
-from ditopt.runtime.policy import COMPUTE, REUSE, Anchor, Schedule, choose, coefficients
+from ditopt.runtime.policy import COMPUTE, REUSE, Anchor, Schedule, choose, coefficients, needed
 from ditopt.runtime.rules import Course, asks, decide
 
 Read = Callable[[Sequence[str]], Sequence[Sequence[float]]]
@@ -106,17 +106,14 @@ def _square(flat: Sequence[float]) -> list[list[float]]:
     return [list(flat[i * n : (i + 1) * n]) for i in range(n)]
 
 
-def still_used(ready: Ready, memory: Memory, step: int) -> tuple[Memory, set[str]]:
+def still_used(ready: Ready, rules: Mapping[str, Schedule], memory: Memory, step: int) -> tuple[Memory, set[str]]:
     """``memory`` after ``step`` without values that no later step of a static schedule reads, and the slots that held
     them."""
     anchors, gone = dict(memory.anchors), set[str]()
     for d in ready.decisions:
-        uses = ready.last_uses().get(d.name)
-        if uses is None or d.name not in anchors:
+        kept = needed(d, rules[d.name], step)
+        if kept is None or d.name not in anchors:
             continue
-        kept = 0
-        while kept < len(anchors[d.name]) and uses.get(anchors[d.name][kept].step, -1) > step:
-            kept += 1
         gone |= {slot for group in d.slots for slot in group[kept:]}
         anchors[d.name] = anchors[d.name][:kept]
     return Memory(anchors, memory.courses, memory.grams), gone

@@ -13,7 +13,7 @@ from ditopt.artifact import Plan, StepGraph
 from ditopt.errors import DitoptWarning, SessionError
 from ditopt.ir.program import Interval, TensorType
 from ditopt.runtime.memo import Memos
-from ditopt.runtime.policy import Schedule, fit, last_uses, schedule
+from ditopt.runtime.policy import Schedule, fit, schedule
 
 _AGAIN = "optimize the model again for these inputs"
 
@@ -43,7 +43,6 @@ class Ready:
         self._types = {s.name: s.type for s in plan.manifest.state}
         self._rules: dict[int | None, dict[str, Schedule]] = {}
         self.steps: int | None = None
-        self._uses: dict[int | None, dict[str, dict[int, int]]] = {}
         self._late = False
         self._device: torch.device | None = None
         self._control: dict[tuple[str, tuple[float, ...], torch.device], Tensor] = {}
@@ -57,7 +56,7 @@ class Ready:
         self.decisions = tuple(
             replace(d, schedule=Interval(mask=masks[d.name])) if d.name in masks else d for d in self.manifest.decisions
         )
-        self._rules, self._uses = {}, {}
+        self._rules = {}
 
     def by_role(self, given: Mapping[str, Tensor], role: str) -> list[Tensor]:
         """The inputs of one role, in the manifest's order."""
@@ -115,13 +114,6 @@ class Ready:
                 self._variants.append(made)
             return made
         return found
-
-    def last_uses(self) -> dict[str, dict[int, int]]:
-        """For each decision with a static schedule of known length: the last step that reads a value, by the step that
-        computed it."""
-        if self.steps not in self._uses:
-            self._uses[self.steps] = last_uses(self.decisions, self.steps) if self.steps else {}
-        return self._uses[self.steps]
 
     def warn_late(self, step: int) -> None:
         """A DitoptWarning, once, if the step lies beyond the declared ones (where schedules compute)."""

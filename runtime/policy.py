@@ -224,23 +224,19 @@ def _choices(rule: Schedule, steps: int) -> list[str]:
     return out
 
 
-def last_uses(decisions: Sequence[Decision], steps: int) -> dict[str, dict[int, int]]:
-    """For each decision whose schedule is static: the step that computed a value -> the last step that reads it.
+def needed(decision: Decision, rule: Schedule, step: int) -> int | None:
+    """How many of the newest computed values a later step may still read, after ``step``; None where that depends on
+    what the request measures, or on how long it is.
 
-    Values that no step reads are absent: they need not be kept.
+    Of the values held now, each step that has to compute pushes one out before the next step that reuses. A step that
+    computes though it need not (a new branch, no graph for what it wants) only pushes out more.
     """
-    found: dict[str, dict[int, int]] = {}
-    for d in decisions:
-        if d.rule is not None or d.gram or d.predictor.window:
-            continue
-        rule = schedule(d.schedule, steps, d.name)
-        anchors: list[int] = [] if rule.idle(0) else [0]
-        uses = found.setdefault(d.name, {})
-        for step in range(1, steps):
-            if rule.idle(step):
-                continue
-            if rule(step):
-                anchors = [step, *anchors][: d.predictor.anchors]
-            else:
-                uses.update(dict.fromkeys(anchors, step))
-    return found
+    if decision.rule is not None or decision.gram or decision.predictor.window or rule.steps is None:
+        return None
+    most = decision.predictor.anchors
+    for pushed, later in enumerate(range(step + 1, rule.steps)):
+        if pushed >= most:
+            break
+        if not rule(later):
+            return most - pushed
+    return 0

@@ -263,7 +263,7 @@ class Session:
         # The caller may write into what it is given: a result that lives in a slot or a memo is copied.
         results = own(results, storages([*slots.values(), *lasting.values(), *values.values()]))
 
-        memory, gone = still_used(ready, choice.memory, tick.step)
+        memory, gone = still_used(ready, rules, choice.memory, tick.step)
         new = Branch(branch.number, tick.step, {k: v for k, v in slots.items() if k not in gone}, memory)
         row = Row(tick.step, new.number, graph.name, {**dict.fromkeys(choice.wanted, "compute"), **graph.choices})
         ran = [*filled, graph, *([probe] if probe is not None else [])]

@@ -9,7 +9,7 @@ import pytest
 
 from ditopt.errors import SessionError
 from ditopt.ir.program import Decision, Interval, Predictor, Rule
-from ditopt.runtime.policy import BYPASS, COMPUTE, REUSE, Anchor, choose, distinct, last_uses, schedule, table
+from ditopt.runtime.policy import BYPASS, COMPUTE, REUSE, Anchor, choose, distinct, needed, schedule, table
 from ditopt.runtime.rules import Course, asks, decide, shaped
 
 
@@ -81,27 +81,27 @@ def decision(mask: str, predictor: Predictor = Predictor(), name: str = "c") -> 
     return Decision(name, ("blocks.0",), Interval(mask=mask), predictor, (), "")
 
 
-def test_last_uses_against_a_count_of_what_each_reused_step_reads():
+def test_needed_values_against_a_count_of_what_later_steps_read():
     rng = random.Random(0)
     for _ in range(60):
         mask = "1" + "".join(rng.choice("01") for _ in range(11))
-        predictor = rng.choice([Predictor(), Predictor("taylor", 2), Predictor("ab2")])
-        want: dict[int, int] = {}
-        for step, digit in enumerate(mask):
-            if digit == "0":
-                for a in [i for i in range(step) if mask[i] == "1"][::-1][: predictor.anchors]:
-                    want[a] = step
-        assert last_uses([decision(mask, predictor)], len(mask))["c"] == want
+        d = decision(mask, rng.choice([Predictor(), Predictor("taylor", 2), Predictor("ab2")]))
+        held = {s: [a for a in range(s + 1) if mask[a] == "1"][::-1] for s in range(12)}  # newest first
+        for step in range(12):
+            read = {a for s in range(step + 1, 12) if mask[s] == "0" for a in held[s][: d.predictor.anchors]}
+            want = [a for a in held[step] if a in read]
+            found = needed(d, schedule(d.schedule, 12), step)
+            assert want == held[step][:found] or (found > len(held[step]) and want == held[step])  # type: ignore[operator]
 
 
-def test_values_of_a_schedule_without_reuse_are_never_kept():
-    assert last_uses([decision("1111")], 4) == {"c": {}}
-
-
-def test_a_decision_that_is_measured_has_no_last_uses():
+def test_what_is_measured_or_of_unknown_length_says_nothing_of_later_readers():
     ruled = Decision("c", (), Interval(0), Predictor(), (), "", rule=Rule("s"))
     window = Decision("d", (), Interval(2), Predictor("foca"), (), "d.weights")
-    assert last_uses([ruled, window], 8) == {}
+    plain = Decision("e", (), Interval(2), Predictor(), (), "")
+    assert needed(ruled, schedule(ruled.schedule, 8), 0) is None
+    assert needed(window, schedule(window.schedule, 8), 0) is None
+    assert needed(plain, schedule(plain.schedule, None), 0) is None
+    assert needed(plain, schedule(plain.schedule, 8), 0) == 1
 
 
 def test_distinct_rows_are_those_that_a_request_takes():
@@ -149,4 +149,6 @@ def test_two_windows_make_the_rows_of_both():
     late = Decision("b", (), Interval(2, since=0.5), Predictor(), (), "")
     found = {(row["a"], row["b"]) for row in distinct([early, late], 8)}
     assert found == {(COMPUTE, BYPASS), (REUSE, BYPASS), (BYPASS, COMPUTE), (BYPASS, REUSE)}
-    assert last_uses([early, late], 8) == {"a": {0: 1, 2: 3}, "b": {4: 5, 6: 7}}
+    rules = {d.name: schedule(d.schedule, 8) for d in (early, late)}
+    assert [needed(early, rules["a"], s) for s in range(8)] == [1, 0, 1, 0, 0, 0, 0, 0]
+    assert [needed(late, rules["b"], s) for s in range(4, 8)] == [1, 0, 1, 0]
