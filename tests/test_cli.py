@@ -136,7 +136,10 @@ def test_a_closed_pipe_is_no_error():
 def test_recipes_lists_and_describes(capsys):
     code, out, _ = run(capsys, "recipes")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["fora", "forecast", "lossless", "taylorseer"]
+    listed = {line.split()[0]: line for line in out.splitlines()}
+    assert list(listed) == ["fora", "forecast", "lossless", "magcache", "smoothcache", "taylorseer"]
+    assert listed["magcache"].endswith("[threshold=0.06, max_skip_steps=3, retention_ratio=0.2; fitted to a model]")
+    assert "fitted" not in listed["fora"]
     code, out, _ = run(capsys, "recipes", "taylorseer")
     assert code == 0
     for expected in ("arXiv 2503.06923", "interval=3", "order=3", "cache_interval", "predictor=taylor"):
