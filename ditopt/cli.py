@@ -247,6 +247,7 @@ def _recipes(args: argparse.Namespace) -> None:
         width = max(len(n) for n in systems)
         for name, system in systems.items():
             options = ", ".join(f"{p.name}={p.default}" for p in system.parameters)
+            options += "; fitted to a model" if system.calibration else ""
             print(f"{name:<{width}}  {system.contract:<11}  {system.title}" + (f"  [{options}]" if options else ""))
         return
     if args.name not in systems:

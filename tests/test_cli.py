@@ -136,9 +136,11 @@ def test_a_closed_pipe_is_no_error():
 def test_recipes_lists_and_describes(capsys):
     code, out, _ = run(capsys, "recipes")
     assert code == 0
-    names = [line.split()[0] for line in out.splitlines()]
-    assert names == sorted(names)
-    assert {"dbcache", "fora", "forecast", "lossless", "taylorseer"} < set(names)
+    listed = {line.split()[0]: line for line in out.splitlines()}
+    assert list(listed) == sorted(listed)
+    assert {"dbcache", "fora", "forecast", "lossless", "taylorseer"} < set(listed)
+    assert listed["magcache"].endswith("[threshold=0.06, max_skip_steps=3, retention_ratio=0.2; fitted to a model]")
+    assert "fitted" not in listed["fora"]
     code, out, _ = run(capsys, "recipes", "taylorseer")
     assert code == 0
     for expected in ("arXiv 2503.06923", "interval=3", "order=3", "cache_interval", "predictor=taylor"):
