@@ -13,6 +13,7 @@ from ditopt.artifact import Executable, Manifest, StepGraph
 from ditopt.codegen.lower import Lowered, lower, lower_memos
 from ditopt.codegen.onnx.export import export_artifact
 from ditopt.ir.edit import inline
+from ditopt.ir.opening import opened
 from ditopt.ir.program import Program
 
 
@@ -24,7 +25,7 @@ def describe(program: Program, variants: Sequence[Lowered], memos: Sequence[Lowe
         outputs=program.outputs,
         state=tuple(s for s in program.state if s.name in slots),
         decisions=program.decisions,
-        memos=program.memos,
+        memos=opened(program).memos,
         graphs=tuple(v.graph for v in variants),
         memo_graphs=tuple(m.graph for m in memos),
         **more,
@@ -45,6 +46,7 @@ def build(program: Program, target: str, **more: Any) -> tuple[Manifest, dict[st
 
 def export(program: Program, path: Path, schedule: list[dict[str, Any]] | None, **more: Any) -> Manifest:
     """Write ``program`` as ONNX files beside ``path`` (codegen/onnx/export.py)."""
+    program = opened(program)
     lowered = [*lower(program), *lower_memos(program)]
     split = len(lowered) - len(program.memos)
     manifest = describe(program, lowered[:split], lowered[split:], target="onnxruntime", **more)

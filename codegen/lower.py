@@ -18,6 +18,7 @@ from torch import fx
 from ditopt.artifact import StepGraph, Update
 from ditopt.ir.cost import function_flops, step_flops
 from ditopt.ir.edit import Editor, prune
+from ditopt.ir.opening import opened
 from ditopt.ir.program import Formal, Function, Program, call_args, callee, formal, is_call
 from ditopt.ops import select
 
@@ -26,7 +27,7 @@ Choices = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Lowered:
-    """A step graph and the decided Program that it runs (no selects, no decisions; memo functions left out)."""
+    """A step graph and the decided Program that it runs (no selects, decisions or attention operators; no memos)."""
 
     graph: StepGraph
     program: Program
@@ -53,6 +54,7 @@ def lower(program: Program, rows: Iterable[Choices] | None = None) -> list[Lower
     State that no row reads is not kept: where a stream matters only through what is skipped (the text stream of joint
     attention), nothing of it has to be remembered.
     """
+    program = opened(program)  # no backend claims attention
     wanted = combinations(program) if rows is None else list(rows)
     program = _with_state(program, live_state(program, wanted))
     return [_variant(program, row) for row in wanted]
@@ -96,6 +98,7 @@ def _with_state(program: Program, slots: set[str]) -> Program:
 
 def lower_memos(program: Program) -> list[Lowered]:
     """Each memo function as a graph of its own, named like the function."""
+    program = opened(program)
     out = []
     for memo in program.memos:
         function = program.functions[memo.function]

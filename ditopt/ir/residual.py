@@ -79,6 +79,7 @@ _ACTIVATIONS = {
     aten.erf.default,
 }
 
+
 @dataclass(frozen=True)
 class Branch:
     """``sum = stream + value``: ``inside`` are the nodes from the stream to the value, ``nodes`` also what lies between

@@ -3,6 +3,8 @@
 Importing this package registers them as ``torch.ops.ditopt.*``.
 """
 
+from ditopt.ops.attention import attention
+from ditopt.ops.linear_attention import linear_attention
 from ditopt.ops.select import select
 
-__all__ = ["select"]
+__all__ = ["attention", "linear_attention", "select"]
