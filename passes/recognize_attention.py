@@ -9,6 +9,7 @@ lowering writes it out again, operator by operator (ir/opening.py).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,10 +18,13 @@ from torch import fx
 from ditopt.ir import example
 from ditopt.ir.attention import Found, Refused, put
 from ditopt.ir.binding import Binding, bind
+from ditopt.ir.cost import is_attention
 from ditopt.ir.edit import Editor, prune, replace_functions
 from ditopt.ir.linear import find_linear
-from ditopt.ir.mixing import VARIES
+from ditopt.ir.mixing import VARIES, mixes
 from ditopt.ir.program import Function, Program
+from ditopt.ir.reach import Reach
+from ditopt.ir.residual import find_branches
 from ditopt.ir.softmax import find_softmax, is_recognized
 from ditopt.pipeline import Context, Outcome, Pass
 
@@ -61,18 +65,36 @@ def _rewritten(
 ) -> tuple[Function, int, list[str]]:
     count, refused = 0, []
     now: dict[fx.Node, fx.Node] = {}
+    seen: set[fx.Node] = set()
     with Editor(function, origin) as e:
         for _, found in (*find_softmax(function), *find_linear(function)):
             try:
                 if isinstance(found, Refused):
+                    seen.update(found.nodes)
                     raise found
+                seen.update(found.inside)
                 if _attends(found, binding):
                     put(e, found, now)
                     count += 1
             except Refused as refusal:
                 refused.append(str(refusal))
         e.drop_dead(formals)
+    refused += _unknown(function, seen, binding)
     return e.function() if count else function, count, refused
+
+
+def _unknown(function: Function, seen: set[fx.Node], binding: Mapping[fx.Node, Binding]) -> list[str]:
+    """A sentence for each kind of operator that mixes tokens and is no part of any attention that was looked at."""
+    left = [n for n in function.graph.nodes if n in binding and n not in seen and not is_attention(n)]
+    left = [n for n in left if n.op == "call_function" and mixes(n, binding)]
+    if not left:
+        return []
+    reach = Reach(function)
+    mixing = 0
+    for branch in find_branches(function, binding, reach):
+        mixing |= branch.attention
+    kinds = Counter(str(n.target) for n in left if mixing >> reach.place[n] & 1)
+    return [f"{n} x {kind} with no softmax over the keys and no divisor" for kind, n in kinds.items()]
 
 
 def _attends(found: Found, binding: Mapping[fx.Node, Binding]) -> bool:

@@ -8,7 +8,7 @@ viewed to (*batch, tokens, channels), masks are joined to one, and what the mode
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +25,11 @@ aten = torch.ops.aten
 
 
 class Refused(Exception):
-    """Attention that cannot become an operator, with the reason in a sentence."""
+    """Attention that cannot become an operator, with the reason in a sentence. ``nodes``: its operators."""
+
+    def __init__(self, reason: str, nodes: Iterable[fx.Node] = ()) -> None:
+        super().__init__(reason)
+        self.nodes = tuple(nodes)
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Mask:
 class Found:
     """Attention in a function. ``inside``: its operators in trace order, the last one its ``output``, which becomes
     (*batch, queries, channels) by ``order``. ``layout``: the batch dimensions of the operator. ``plain``: it is
-    ``aten.scaled_dot_product_attention`` and needs no spelling."""
+    ``aten.scaled_dot_product_attention`` and needs no spelling. ``refusal``: why it cannot be one operator, or ""."""
 
     kind: Literal["softmax", "linear"]
     inside: tuple[fx.Node, ...]
@@ -67,6 +71,7 @@ class Found:
     enable_gqa: bool = False
     eps: float = 0.0
     plain: bool = False
+    refusal: str = ""
 
     @property
     def output(self) -> fx.Node:
@@ -91,9 +96,11 @@ def unmoved(node: fx.Node, order: Order) -> tuple[Operand, tuple[fx.Node, ...]]:
 def put(e: Editor, found: Found, now: dict[fx.Node, fx.Node]) -> fx.Node:
     """The operator in the place of ``found.output``, as the node that gives what the output gave.
 
-    ``now``: what nodes of the original graph were replaced by; the output is added to it. Raises Refused where the
-    operator would give another memory layout.
+    ``now``: what nodes of the original graph were replaced by; the output is added to it. Raises Refused where it
+    cannot be one operator, or would give another memory layout.
     """
+    if found.refusal:
+        raise Refused(found.refusal)
     at = e[found.output]
     region, path = str(at.meta["region"]), at.meta.get("path", "")
 

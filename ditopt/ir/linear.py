@@ -144,7 +144,7 @@ def _found(
     sources = {query.node, key.node, value.node}
     for node in inside - {output}:
         if any(u not in inside for u in node.users) and permutation(node) is None:
-            raise Refused("its sums are read by something else too")
+            raise Refused("its sums are read by something else too", inside)
     if any(s in inside for s in sources) or query.shape()[:-2] != key.shape()[:-2] != value.shape()[:-2]:
         return None
     return Found("linear", tuple(sorted(inside)), query, key, value, order, query.shape()[:-2], eps=eps)

@@ -50,7 +50,19 @@ def find_softmax(function: Function) -> Iterator[tuple[fx.Node, Found | Refused]
                 if found is not None:
                     yield found.output, found
         except Refused as refused:
-            yield node, refused
+            yield node, Refused(str(refused), _around(node))
+
+
+def _around(softmax: fx.Node) -> set[fx.Node]:
+    """The operators from a softmax to the products before and after it."""
+    found = {softmax}
+    for step in (lambda n: n.all_input_nodes, lambda n: list(n.users)):
+        todo = [softmax]
+        while todo:
+            near = [n for n in step(todo.pop()) if n.op == "call_function" and n not in found]
+            found.update(n for n in near if product(n) or _shape(n)[-2:] == _shape(softmax)[-2:])
+            todo += [n for n in near if n in found and product(n) is None]
+    return found
 
 
 def is_recognized(node: fx.Node) -> bool:
@@ -191,11 +203,12 @@ def _spelled(softmax: fx.Node) -> Found | None:
     shapes = [_shape(scores.node)[:-2], *(m.shape[:-2] for m in up.masks), _shape(softmax)[:-2]]
     layout = max(shapes, key=len)
     operands = query, key, value
+    refusal = ""
     if any(o.shape()[:-2] != _batch(s) for o, s in zip(operands, (scores, scores, combine), strict=True)):
         if any(s != layout for s in shapes):
-            raise Refused("its batches are broadcast and viewed in another form")
-        if any(len(o.shape()) != len(layout) + 2 for o in operands):
-            raise Refused("its batches are broadcast")
+            refusal = "its batches are broadcast and viewed in another form"
+        elif any(len(o.shape()) != len(layout) + 2 for o in operands):
+            refusal = "its batches are broadcast"
     return Found(
         "softmax",
         tuple(sorted(inside)),
@@ -206,6 +219,7 @@ def _spelled(softmax: fx.Node) -> Found | None:
         layout,
         tuple(reversed(up.masks)),
         up.scale,
+        refusal=refusal,
     )
 
 
