@@ -17,6 +17,7 @@ from ditopt.codegen.onnx.export import export_artifact
 from ditopt.codegen.probe import NAME as PROBE
 from ditopt.errors import DitoptError
 from ditopt.ir.edit import inline
+from ditopt.ir.opening import opened
 from ditopt.ir.program import Program
 from ditopt.ops.call_module import calls
 
@@ -40,7 +41,7 @@ def describe(program: Program, variants: Sequence[Lowered], memos: Sequence[Lowe
         outputs=program.outputs,
         state=tuple(s for s in program.state if s.name in slots),
         decisions=program.decisions,
-        memos=program.memos,
+        memos=opened(program).memos,
         graphs=tuple(v.graph for v in variants if v.graph is not probe),
         memo_graphs=tuple(m.graph for m in memos),
         probe=probe,
@@ -92,6 +93,7 @@ def export(
     **more: Any,
 ) -> Manifest:
     """Write ``program`` as ONNX files beside ``path`` (codegen/onnx/export.py)."""
+    program = opened(program)
     refuse_modules(program, "become ONNX")
     lowered = [*lower(program, rows), *lower_memos(program)]
     split = len(lowered) - len(program.memos)

@@ -20,6 +20,7 @@ from ditopt.codegen.probe import NAME as PROBE
 from ditopt.codegen.probe import Split, split
 from ditopt.ir.cost import function_flops, step_flops
 from ditopt.ir.edit import Editor, prune
+from ditopt.ir.opening import opened
 from ditopt.ir.program import Formal, Function, Program, call_args, callee, formal, is_call
 from ditopt.ops import select
 
@@ -28,7 +29,7 @@ Choices = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Lowered:
-    """A step graph and the decided Program that it runs (no selects, no decisions; memo functions left out)."""
+    """A step graph and the decided Program that it runs (no selects, decisions or attention operators; no memos)."""
 
     graph: StepGraph
     program: Program
@@ -58,6 +59,7 @@ class Lowering:
     only through what is skipped (the text stream of joint attention), nothing of it has to be remembered."""
 
     def __init__(self, program: Program, rows: Sequence[Choices]) -> None:
+        program = opened(program)  # no backend claims attention
         self._parts = split(program)
         rest = program if self._parts is None else self._parts.rest
         rules = [d.rule for d in program.decisions if d.rule is not None]
@@ -137,6 +139,7 @@ def _with_state(program: Program, slots: set[str]) -> Program:
 
 def lower_memos(program: Program) -> list[Lowered]:
     """Each memo function as a graph of its own, named like the function."""
+    program = opened(program)
     out = []
     for memo in program.memos:
         function = program.functions[memo.function]

@@ -5,8 +5,9 @@ the dataflow alone: an addition one operand of which is an ancestor of the other
 them. Nothing else is needed to find the modules of a model:
 
 * a position embedding, a control residual or the shift of a norm is added to what it is not computed from;
-* a branch *attends* where it multiplies two activations (in any spelling: fused, softmax written out, linear), because
-  all other products of a network are with weights. One that attends and has an activated layer beside the attention
+* a branch *attends* where it multiplies two activations so that tokens are mixed (in any spelling: fused, softmax
+  written out, linear; ir/mixing.py), because all other products of a network are with weights, or route tokens to
+  experts. One that attends and has an activated layer beside the attention
   (parallel blocks) also *feeds*, as one without attention does;
 * a part of a value is not continued by what is computed from other parts of it alone: a scan adds to each frame what
   the frames before it have come to;
@@ -28,6 +29,7 @@ from torch import fx
 
 from ditopt.ir.binding import Binding, data_operands
 from ditopt.ir.cost import is_attention, is_matmul
+from ditopt.ir.mixing import VARIES, among_tokens, mixes
 from ditopt.ir.program import Function
 from ditopt.ir.reach import Reach, places
 
@@ -80,9 +82,6 @@ _ACTIVATIONS = {
     aten.erf.default,
 }
 
-VARIES = Binding.LATENT | Binding.PROMPT
-"""What a stream depends on: the latent, or the prompt (text before it first meets the latent)."""
-
 
 @dataclass(frozen=True)
 class Branch:
@@ -102,13 +101,6 @@ class Branch:
         return bool(self.attention)
 
 
-def mixes(node: fx.Node, binding: Mapping[fx.Node, Binding]) -> bool:
-    """Whether ``node`` multiplies activations with each other: attention, or one of the products it is written as."""
-    if is_attention(node):
-        return True
-    return is_matmul(node) and sum(bool(binding[a] & VARIES) for a in data_operands(node)) > 1
-
-
 def find_branches(function: Function, binding: Mapping[fx.Node, Binding], reach: Reach) -> list[Branch]:
     """The residual branches of a flat function or a block body, in the order of their sums."""
     work = reach.bits(n for n in reach.nodes if is_matmul(n) or is_attention(n))
@@ -126,7 +118,7 @@ def find_branches(function: Function, binding: Mapping[fx.Node, Binding], reach:
             inside = reach.between(stream, value)
             if inside & work and not _of_others(stream, path, inside, reach):
                 nodes = inside | reach.bits([*path[: path.index(stream)], node])
-                mixing = inside & attention
+                mixing = among_tokens(stream, inside, inside & attention, binding, reach)
                 feeds = not mixing or _parallel(inside, mixing, work, active, reach)
                 found[node] = Branch(stream, value, node, inside, nodes, mixing, feeds)
                 break
