@@ -304,9 +304,7 @@ def test_the_flat_graph_of_dynamo_has_the_same_structure(name):
 def test_what_is_left_of_blocks_that_attend_last_is_one_block():
     program = outlined(noise(FeedFirst()), **TOKENS)
     assert classes(program) == [2, 1]
-    assert [sorted(roles(program, f"blocks.{i}")) for i in range(3)] == [["attn", "attn1", "mlp"]] * 2 + [
-        ["attn", "attn1"]
-    ]
+    assert [sorted(set(roles(program, f"blocks.{i}"))) for i in range(3)] == [["attn", "mlp"]] * 2 + [["attn"]]
 
 
 def test_the_last_block_of_sd3_drops_the_text():
