@@ -208,6 +208,24 @@ class Parallel(nn.Module):
         return x
 
 
+class FeedFirst(nn.Module):
+    """Blocks that feed forward and then attend twice: a block is taken to begin with its attention, here too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(3))
+        self.qkvs = nn.ModuleList(nn.Linear(16, 48) for _ in range(6))
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = x + timestep[:, None, None]
+        for i, mlp in enumerate(self.mlps):
+            x = x + mlp(F.layer_norm(x, (16,)))
+            for qkv in (self.qkvs[2 * i], self.qkvs[2 * i + 1]):
+                q, k, v = qkv(F.layer_norm(x, (16,))).chunk(3, -1)
+                x = x + F.scaled_dot_product_attention(q, k, v)
+        return x
+
+
 LATENTS = {"latents": torch.randn(2, 9, 8), "sigma": torch.rand(2) * 5, "prompt_embeds": torch.randn(2, 6, 24)}
 TOKENS = {"x": torch.randn(2, 5, 16), "timestep": torch.rand(2)}
 STRUCTURES: dict[
@@ -281,6 +299,12 @@ def test_the_flat_graph_of_dynamo_has_the_same_structure(name):
     assert [dataclasses.replace(r, alias="") for r in found.regions] == [
         dataclasses.replace(r, alias="") for r in want.regions
     ]
+
+
+def test_what_is_left_of_blocks_that_attend_last_is_one_block():
+    program = outlined(noise(FeedFirst()), **TOKENS)
+    assert classes(program) == [2, 1]
+    assert [sorted(set(roles(program, f"blocks.{i}"))) for i in range(3)] == [["attn", "mlp"]] * 2 + [["attn"]]
 
 
 def test_the_last_block_of_sd3_drops_the_text():

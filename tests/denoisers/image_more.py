@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from tests.denoisers.base import BATCH, COLUMNS, ROWS, TEXT, Call, Draw, denoiser, make, positions, prompt_mask
+from tests.denoisers.cross_attention import z_image
+from tests.denoisers.joint_attention import qwen_image
 
 HEIGHT, WIDTH = 2 * ROWS, 2 * COLUMNS
 """Latent pixels for patches of two by two."""
@@ -265,3 +267,25 @@ def lumina_next(r: Draw) -> tuple[nn.Module, Call]:
         "cross_attention_kwargs": {"base_sequence_length": 64},
         "return_dict": False,
     }
+
+
+# -- with a control net ------------------------------------------------------------------------------------------------
+
+
+@denoiser(latent=("hidden_states", "controlnet_block_samples"))
+def qwen_image_control(r: Draw) -> tuple[nn.Module, Call]:
+    """Residuals of a control net, one for every two blocks."""
+    model, call = qwen_image(r)
+    return model, {**call, "controlnet_block_samples": [r.rows(TOKENS, 32) for _ in range(2)]}
+
+
+@denoiser(
+    latent=("x", "controlnet_block_samples"),
+    time=("t",),
+    prompt=("cap_feats",),
+    blocks=("noise_refiner", "layers"),
+)
+def z_image_control(r: Draw) -> tuple[nn.Module, Call]:
+    """Residuals of a control net by the number of the block; they cover the padded image and the padded prompt."""
+    model, call = z_image(r)
+    return model, {**call, "controlnet_block_samples": {i: r.rows(96 + 32, 32) for i in (0, 2)}}
