@@ -96,7 +96,7 @@ class _Real:
         if not _is_complex(value):
             return value
         with self.e.mode:
-            return torch.view_as_real(value)
+            return torch.view_as_real(value.resolve_conj())
 
     def _op(self, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return self.e.op(target, *args, at=node, region=str(node.meta["region"]), **kwargs)

@@ -225,11 +225,7 @@ def test_a_loaded_model_takes_objects_and_lists_of_numbers(tmp_path):
     loaded = ditopt.load(tmp_path / "a.onnx")
     call = {**given(1), "cache": filled(5), "parts": [1, 2]}
     torch.testing.assert_close(loaded(**call), m(**call))
-    for parts, told in (
-        ([1, 3], "parts.1=3 given"),
-        ([1], "parts without parts.1 given"),
-        ([1, 2, 2], "parts.2=2 given"),
-    ):
+    for parts, told in (([1, 3], r"parts\.1"), ([1], r"parts\.1"), ([1, 2, 2], r"parts\.2")):
         with pytest.raises(BadInput, match=told):
             loaded(**{**call, "parts": parts})
     call["cache"].layers[0].writes = 2  # type: ignore[attr-defined]
