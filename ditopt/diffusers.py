@@ -39,6 +39,7 @@ def optimize_pipeline(
     target: str = "auto",
     roles: Mapping[str, Role] | None = None,
     release: Release = "keep",
+    dynamic: bool | None = None,
 ) -> Any:
     """Replace every denoiser of ``pipe`` by its optimized form and hook the scheduler; returns ``pipe``.
 
@@ -50,7 +51,7 @@ def optimize_pipeline(
     for name, model in found.items():
         _refuse_hooks(name, model)
         with loaded(model):
-            engine = engines[id(model)] = Engine(model, recipe, target, steps, roles, release=release)
+            engine = engines[id(model)] = Engine(model, recipe, target, steps, roles, release=release, dynamic=dynamic)
             if example_inputs is not None and type(model) is type(next(iter(found.values()))):
                 engine.prepare(*bind(model, *arguments_of(example_inputs)))
     link = _Link(pipe)

@@ -15,6 +15,10 @@ from ditopt.ir.edit import Editor, prune
 from ditopt.ir.program import Formal, Function, Program, formal
 
 
+class EveryStep(Untraceable):
+    """Python looks at a value that changes from step to step: no way of capture can serve that."""
+
+
 @dataclass(frozen=True)
 class Guard:
     """A graph that computes the values again, and what they were.
@@ -53,7 +57,7 @@ class Guard:
 def split(name: str, program: Program, reads: Sequence[Read]) -> tuple[Program, Guard | None]:
     """``program`` without its last results, which are the tensors of ``reads``, and the Guard over those.
 
-    No Guard where all of them are the same in every call. Untraceable, with the line of the model (a ``name``), where a
+    No Guard where all of them are the same in every call. EveryStep, with the line of the model (a ``name``), where a
     value depends on what changes from step to step.
     """
     function = program.step
@@ -63,7 +67,7 @@ def split(name: str, program: Program, reads: Sequence[Read]) -> tuple[Program, 
     for read, node in zip(reads, function.results[n:], strict=True):
         for flag, role in ((Binding.LATENT, "latent"), (Binding.TIMESTEP, "timestep")):
             if binding[node] & flag:
-                raise Untraceable(
+                raise EveryStep(
                     f"{name} cannot be traced{read.line}: Python looks at the value of a tensor there that depends on "
                     f"the {role}, so each step would need a graph of its own. Compute it outside forward and pass it "
                     "in, or use torch.where; where the role of an input is wrong, pass roles={'<name>': 'prompt'}."
