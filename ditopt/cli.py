@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     recipes.add_argument("name", nargs="?", metavar="NAME")
 
     explain = command("explain", _explain, "structure, binding times and costs of a model, and what each pass does")
+    explain.add_argument("--dynamic", action="store_true", help="capture one graph for all shapes")
     show = command("show", _show, "print a model's program as text")
     show.add_argument("--after", metavar="PASS", help="stop after this pass; 'capture' shows what was captured")
     diff = command("diff", _diff, "print what the passes of a recipe change")
@@ -280,7 +281,10 @@ def _explain(args: argparse.Namespace) -> None:
     import ditopt
 
     model, kwargs, _ = _load(args.model)
-    sys.stdout.write(ditopt.explain(model, args.recipe, example_inputs=kwargs, steps=args.steps, target=args.target))
+    dynamic = True if args.dynamic else None
+    sys.stdout.write(
+        ditopt.explain(model, args.recipe, example_inputs=kwargs, steps=args.steps, target=args.target, dynamic=dynamic)
+    )
 
 
 def _show(args: argparse.Namespace) -> None:

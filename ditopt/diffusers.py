@@ -40,6 +40,7 @@ def optimize_pipeline(
     roles: Mapping[str, Role] | None = None,
     release: Release = "keep",
     make: Callable[..., Engine] = Engine,
+    dynamic: bool | None = None,
 ) -> Any:
     """Replace every denoiser of ``pipe`` by its optimized form and hook the scheduler; returns ``pipe``.
 
@@ -51,7 +52,7 @@ def optimize_pipeline(
     for name, model in found.items():
         _refuse_hooks(name, model)
         with loaded(model):
-            engine = engines[id(model)] = make(model, recipe, target, steps, roles, release=release)
+            engine = engines[id(model)] = make(model, recipe, target, steps, roles, release=release, dynamic=dynamic)
             if example_inputs is not None and type(model) is type(next(iter(found.values()))):
                 engine.prepare(*bind(model, *arguments_of(example_inputs)))
     link = _Link(pipe)

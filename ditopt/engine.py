@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ditopt.artifact import Manifest, Plan
-from ditopt.capture import CallSpec, Captured, bind, by_name, capture
+from ditopt.capture import CallSpec, Captured, Captures, bind, by_name
 from ditopt.codegen.build import build, export
 from ditopt.errors import BadInput, DitoptWarning, SessionError, StaleWeights
 from ditopt.fitted import UNKNOWN, Fitted, guidance_text, latent_text, model_text, scheduler_text
@@ -61,8 +61,8 @@ class Compiled:
 
 
 class Engine:
-    """Runs ``model`` by ``recipe``. ``weights`` names arguments that are weights (see ``capture``). ``scheduler()``:
-    that of the loop around the model, None where nobody told."""
+    """Runs ``model`` by ``recipe``. ``weights`` names arguments that are weights (see ``capture``); ``dynamic`` is that
+    of ``Captures``. ``scheduler()``: that of the loop around the model, None where nobody told."""
 
     def __init__(
         self,
@@ -73,6 +73,7 @@ class Engine:
         roles: Mapping[str, Role] | None = None,
         weights: Collection[str] = (),
         release: Release = "keep",
+        dynamic: bool | None = None,
     ) -> None:
         if steps is not None and (type(steps) is not int or steps < 1):
             raise BadInput(f"steps={steps!r} given; expected the number of denoising steps, 1 or more, or None")
@@ -83,6 +84,7 @@ class Engine:
         self.steps = steps
         self.roles = dict(roles or {})
         self.weights = frozenset(weights)
+        self.captures = Captures(model, self.roles, self.weights, dynamic)
         self.session = Session()
         self.target = resolve(target, _place(model)[1])
         check_release(release, self.target)
@@ -142,7 +144,7 @@ class Engine:
         notice(spec, [c.captured.spec for c in self.compiled.values()], broken)
         self.shelves.restore()  # the model runs while it is captured
         try:
-            found = self._compile(capture(self.model, spec, tensors, self.roles, self.weights))
+            found = self._compile(self.captures.take(spec, tensors))
         except BaseException:
             self._put_away()
             raise
@@ -191,6 +193,7 @@ class Engine:
         self.session.reset()
         self.session.forget()
         self.compiled.clear()
+        self.captures.forget()
         self._captured, self._place = None, _place(self.model)
 
     def _compile(self, captured: Captured) -> Compiled:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditopt._torch import pytree
+from ditopt._torch import is_fake, pytree
 from ditopt.capture import opened
 from ditopt.capture.numbers import Numbers
 from ditopt.capture.spec import SCALARS, CallSpec, dotted
@@ -24,7 +24,17 @@ def shared_copy(model: nn.Module) -> nn.Module:
     kept: dict[int, Any] = {**keep_shared(model), **{id(t): t for t in [*model.parameters(), *model.buffers()]}}
     twin = copy.deepcopy(model, kept)
     strip(twin)
+    for module in twin.modules():
+        _register_fakes(module)
     return twin
+
+
+def _register_fakes(module: nn.Module) -> None:
+    """Tensors without storage in plain attributes become buffers: torch.export brings those into its own fake mode."""
+    for name, value in list(vars(module).items()):
+        if is_fake(value):
+            delattr(module, name)
+            module.register_buffer(name, value, persistent=False)
 
 
 class Packing:
@@ -148,7 +158,7 @@ class Flat(nn.Module):
         numbers = Numbers() if torch.compiler.is_exporting() else nullcontext()
         with self._around(), numbers:
             out = self.model(*args, **kwargs)
-        self.packing.changed = [k for k, v in _python_state(self.model).items() if before.get(k, v) != v]
+        self.packing.changed = [k for k, v in _python_state(self.model).items() if _differs(before.get(k, v), v)]
         return (*self.packing.note(out), *self.packing.note_writes(held, bound), *self._more())
 
 
@@ -170,5 +180,10 @@ def _python_state(model: nn.Module) -> dict[str, Any]:
         f"{name}.{dotted(path)}" if name else dotted(path): v
         for name, module in model.named_modules()
         for path, v in pytree.tree_flatten_with_path(vars(module))[0]
-        if isinstance(v, SCALARS)
+        if isinstance(v, (*SCALARS, torch.SymInt))
     }
+
+
+def _differs(before: Any, now: Any) -> bool:
+    """Whether an attribute changed. One that holds a size of a trace was set in it."""
+    return isinstance(now, torch.SymInt) or before != now

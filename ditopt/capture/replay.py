@@ -37,6 +37,7 @@ _READERS: dict[Any, Callable[[Tensor], Any]] = {
     Tensor.item: lambda t: t.item(),
     Tensor.tolist: lambda t: t.tolist(),
     Tensor.numpy: lambda t: t.numpy(),
+    Tensor.__array__: lambda t: t.numpy(),
     Tensor.__bool__: bool,
     Tensor.__int__: int,
     Tensor.__float__: float,
@@ -54,7 +55,7 @@ _SIZES: dict[Any, int] = {
 """Function that takes a tensor of one number for a size -> how many leading arguments are no sizes."""
 
 
-class _Reads(TorchFunctionMode):
+class Reads(TorchFunctionMode):
     """Calls ``read`` for each look at a tensor's values."""
 
     def read(self, tensor: Tensor, take: Callable[[Tensor], Any]) -> Any:
@@ -108,21 +109,21 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 0 and not value.is_floating_point()
 
 
-def _nonzero(reads: _Reads, tensor: Tensor, *, as_tuple: bool = False) -> Any:
+def _nonzero(reads: Reads, tensor: Tensor, *, as_tuple: bool = False) -> Any:
     found = reads.nonzero(tensor)
     return found if as_tuple else torch.stack(found, 1)
 
 
-def _where(reads: _Reads, condition: Tensor, *choices: Any, **named: Any) -> Any:
+def _where(reads: Reads, condition: Tensor, *choices: Any, **named: Any) -> Any:
     return NotImplemented if choices or named else reads.nonzero(condition)
 
 
-def _masked_select(reads: _Reads, tensor: Tensor, mask: Tensor) -> Any:
+def _masked_select(reads: Reads, tensor: Tensor, mask: Tensor) -> Any:
     shape = torch.broadcast_shapes(tensor.shape, mask.shape)
     return tensor.expand(shape)[reads.nonzero(mask.expand(shape))]
 
 
-def _repeat_interleave(reads: _Reads, tensor: Tensor, repeats: Any = None, *args: Any, **named: Any) -> Any:
+def _repeat_interleave(reads: Reads, tensor: Tensor, repeats: Any = None, *args: Any, **named: Any) -> Any:
     if not isinstance(repeats, Tensor) or named.get("output_size") is not None:
         return NotImplemented
     count = reads.read(repeats.sum(), _READERS[Tensor.item])
@@ -131,7 +132,7 @@ def _repeat_interleave(reads: _Reads, tensor: Tensor, repeats: Any = None, *args
     return torch.repeat_interleave(tensor, repeats, *args, **{**named, "output_size": count})
 
 
-def _bincount(reads: _Reads, tensor: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Any:
+def _bincount(reads: Reads, tensor: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Any:
     if not tensor.numel():
         return NotImplemented
     size = max(reads.read(tensor.max() + 1, _READERS[Tensor.item]), minlength)
@@ -139,20 +140,20 @@ def _bincount(reads: _Reads, tensor: Tensor, weights: Tensor | None = None, minl
     return torch.zeros(size, dtype=ones.dtype, device=tensor.device).scatter_add(0, tensor.long(), ones)
 
 
-def _getitem(reads: _Reads, tensor: Tensor, index: Any) -> Any:
+def _getitem(reads: Reads, tensor: Tensor, index: Any) -> Any:
     return tensor[reads.index(index)]
 
 
-def _setitem(reads: _Reads, tensor: Tensor, index: Any, value: Any) -> Any:
+def _setitem(reads: Reads, tensor: Tensor, index: Any, value: Any) -> Any:
     one_value = not isinstance(value, Tensor) or value.ndim == 0  # then how many places a mask has does not matter
     tensor[reads.index(index, masks=not one_value)] = value
 
 
-def _equal(reads: _Reads, a: Tensor, b: Tensor) -> Any:
+def _equal(reads: Reads, a: Tensor, b: Tensor) -> Any:
     return a.shape == b.shape and reads.read((a == b).all(), bool)
 
 
-def _contains(reads: _Reads, tensor: Tensor, element: Any) -> Any:
+def _contains(reads: Reads, tensor: Tensor, element: Any) -> Any:
     return reads.read((tensor == element).any(), bool)
 
 
@@ -170,7 +171,7 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
 """Function whose result's size, or whose value for Python, depends on the values of tensors -> what replaces it."""
 
 
-class Recorder(_Reads):
+class Recorder(Reads):
     """Notes every look at a tensor of ``model``, in order, in ``reads``."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -203,7 +204,7 @@ class Lost(Exception):
     """A traced run looked at a tensor that the recorded run did not look at."""
 
 
-class Replayer(_Reads):
+class Replayer(Reads):
     """Answers from recorded reads; ``seen`` are those that were used, ``observed`` the tensors that were asked for.
 
     Reads are found by their line in the model and their order there: a model may look at more when it is not traced.

@@ -40,6 +40,17 @@ class CallSpec:
     labels: tuple[str, ...] = ()
     defaults: tuple[tuple[str, Any], ...] = ()
 
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        """The shape of each tensor, in the order of ``names``."""
+        return tuple(self.key[1 + i][0] for i in self.positions)
+
+    @property
+    def family(self) -> tuple[Any, ...]:
+        """``key`` with ranks in place of shapes: what calls have in common that differ in sizes only."""
+        taken = set(self.positions)
+        return (self.key[0], *((len(k[0]), *k[1:]) if i in taken else k for i, k in enumerate(self.key[1:])))
+
     def static_items(self) -> list[tuple[str, Any]]:
         """(dotted name, value) of the arguments that are no tensors."""
         taken = set(self.positions)
