@@ -137,11 +137,8 @@ class Cache(Pass):
             raise RecipeError(
                 f"mask has {len(self.mask)} steps, the request has {context.steps}: give one digit a step"
             )
-        if (
-            self.time == "timestep"
-            and self.predictor != "hold"
-            and not any(i.role == "timestep" for i in program.inputs)
-        ):
+        timed = self.time == "timestep" and self.predictor != "hold"
+        if timed and not any(i.role == "timestep" for i in program.inputs):
             return Outcome(program, 0, ("there is no timestep to measure distance in; cache{time=step} counts steps",))
         selections = select_regions(program, self.region)
         taken = {r for d in program.decisions if not self._apart(d) for r in d.regions}
