@@ -26,6 +26,7 @@ from ditopt.capture import CallSpec, Captured, bind, by_name, capture
 from ditopt.codegen.build import build, export
 from ditopt.errors import BadInput, DitoptWarning, SessionError, StaleWeights
 from ditopt.ir.cost import step_flops
+from ditopt.ir.fold import fold_constants
 from ditopt.ir.program import Program, Role
 from ditopt.pipeline import Context, PassManager, PassResult
 from ditopt.recipe import Recipe
@@ -192,7 +193,7 @@ class Engine:
         before = fingerprint(weights())
         folder = Path(tempfile.mkdtemp(prefix="ditopt-"))
         try:
-            export(program, folder / "model.onnx", None, **more)
+            export(fold_constants(program), folder / "model.onnx", None, **more)
             loaded = load_onnx(folder / "model.onnx", self.session).plan
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
