@@ -26,6 +26,7 @@ from ditopt.codegen.build import build, export
 from ditopt.errors import BadInput, DitoptWarning, SessionError, StaleWeights
 from ditopt.fitted import UNKNOWN, Fitted, guidance_text, latent_text, model_text, scheduler_text
 from ditopt.ir.cost import step_flops
+from ditopt.ir.fold import fold_constants
 from ditopt.ir.program import Program, Role
 from ditopt.pipeline import Context, PassManager, PassResult
 from ditopt.recipe import Recipe
@@ -218,7 +219,8 @@ class Engine:
         before = fingerprint(weights())
         folder = Path(tempfile.mkdtemp(prefix="ditopt-"))
         try:
-            export(program, folder / "model.onnx", None, variants(program, self.target, self.steps), **more)
+            rows = variants(program, self.target, self.steps)
+            export(fold_constants(program), folder / "model.onnx", None, rows, **more)
             loaded = load_onnx(folder / "model.onnx", self.session).plan
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)

@@ -38,7 +38,7 @@ def capture_once(monkeypatch):
             made[spec.key] = capture(model, spec, *rest)
         return made[spec.key]
 
-    monkeypatch.setattr("ditopt.engine.capture", once)
+    monkeypatch.setattr("ditopt.capture.captures.capture", once)
     return made
 
 

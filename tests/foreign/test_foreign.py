@@ -67,7 +67,7 @@ def capture_once(monkeypatch):
             CAPTURED[key] = capture(given, spec, *rest)
         return CAPTURED[key]
 
-    monkeypatch.setattr("ditopt.engine.capture", once)
+    monkeypatch.setattr("ditopt.capture.captures.capture", once)
     monkeypatch.setattr("ditopt.api.capture", once)
 
 

@@ -90,7 +90,7 @@ def run(recipe: str) -> Run:
                 x = x - PACE * v
         return np.stack(outputs)
 
-    with warnings.catch_warnings(record=True) as told, mock.patch("ditopt.engine.capture", _captured):
+    with warnings.catch_warnings(record=True) as told, mock.patch("ditopt.capture.captures.capture", _captured):
         warnings.simplefilter("always", DitoptWarning)
         first = request(0)
         choices = [tuple(row.choices.values()) for row in fast.schedule_rows]
