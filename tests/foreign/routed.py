@@ -127,7 +127,7 @@ MODELS = [
     Foreign("moe_capacity", lambda: RoutedDiT(Capacity), routed_call, 3),
 ]
 
-REFUSED = [
+ROUTED = [
     (
         Foreign("moe_gathered", lambda: RoutedDiT(Gathered, depth=1), routed_call, 1),
         "row, place = torch.where(index == e)",

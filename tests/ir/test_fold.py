@@ -57,6 +57,6 @@ def test_a_changed_weight_is_seen_by_onnxruntime():
     model, call = made()
     fast = ditopt.optimize(model, "lossless", example_inputs=call, target="onnxruntime")
     torch.testing.assert_close(fast(**call), model(**call))
-    model.weight.data.mul_(-2)
+    model.weight.data.mul_(-2)  # type: ignore[operator]
     fast.reset()
     torch.testing.assert_close(fast(**call), model(**call))
