@@ -14,7 +14,7 @@ from torch import Tensor
 import ditopt
 from ditopt._torch import pytree
 from ditopt.capture import capture
-from ditopt.errors import BadInput
+from ditopt.errors import BadInput, DitoptError
 from tests.foreign import ZOO
 from tests.foreign.base import BATCH, STEPS, Call, randn, run, times
 from tests.foreign.image import Functional
