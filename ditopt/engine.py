@@ -72,7 +72,7 @@ class Engine:
         target: str = "auto",
         steps: int | None = None,
         roles: Mapping[str, Role] | None = None,
-        weights: Collection[str] = (),
+        weights: Collection[str] | None = None,
         release: Release = "keep",
         dynamic: bool | None = None,
     ) -> None:
@@ -84,7 +84,8 @@ class Engine:
         self.recipe = Recipe.parse(recipe)
         self.steps = steps
         self.roles = dict(roles or {})
-        self.weights = frozenset(weights)
+        self.weights = frozenset(weights or ())
+        self.piece = weights is not None  # a graph of Dynamo, of which there may be several
         self.captures = Captures(model, self.roles, self.weights, dynamic)
         self.session = Session()
         self.target = resolve(target, _place(model)[1])
@@ -198,7 +199,7 @@ class Engine:
         self._captured, self._place = None, _place(self.model)
 
     def _compile(self, captured: Captured) -> Compiled:
-        history = rewrite(captured, self.recipe, self.target, self.steps, piece=bool(self.weights))
+        history = rewrite(captured, self.recipe, self.target, self.steps, piece=self.piece)
         program = history[-1].program if history else captured.program
         more = describe_for(captured, history, self.recipe, self.steps)
         if self.target == "onnxruntime":

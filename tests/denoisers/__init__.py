@@ -1,4 +1,4 @@
-"""Tiny denoisers of the classes that diffusers ships: 76 classes and variants, random weights, no network.
+"""Tiny denoisers of the classes that diffusers ships: 95 classes and variants, random weights, no network.
 
 ``REGISTRY[name].build()`` gives a model and the keyword arguments of one call. Nothing here is read by name in ditopt.
 """
