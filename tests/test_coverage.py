@@ -15,7 +15,7 @@ import pytest
 from ditopt.capture import capture
 from ditopt.errors import CaptureError
 from examples.bench import coverage
-from examples.bench.probe import COLUMNS, NO_TIMESTEP, YES, Row, one_line, probe
+from examples.bench.probe import COLUMNS, YES, Row, one_line, probe
 from tests.denoisers import REGISTRY
 
 CORE = ("dit", "sd3", "flux", "z_image", "wan", "stable_audio")
@@ -74,7 +74,7 @@ def test_the_readme_shows_the_table():
 
 GOOD = Row("flux", "export", 600, 6, 6, 2, 0.4, YES, YES, YES, 3.0, 1.5)
 BAD = Row("wan", "export", 400, 2, 3, 2, 0.1, YES, "no: no site", "no: NaN", 2.0, 2.0)
-TIMELESS = replace(GOOD, name="temporal", cached=NO_TIMESTEP)
+TIMELESS = replace(GOOD, name="temporal", cached="none: it has no steps")
 REFUSED = Row("dit", "refused: it looks at values", exact="no: no graph", cached="no: no graph", onnx="no: no graph")
 
 
@@ -122,7 +122,7 @@ def test_a_question_that_does_not_apply_is_neither_passed_nor_failed():
     assert "**Of 2: captured 2, blocks 2, exact 2, cached 1 of 1, onnx 2; all five 1.**" in text
     assert "| temporal | export | 6 | 2 | 40% | ✓ | n/a | ✓ |" in text
     assert "What fails" not in text
-    assert "What does not apply, and why:\n\n* temporal: cached: no argument is a timestep" in text
+    assert "What does not apply, and why:\n\n* temporal: cached: it has no steps" in text
 
 
 def test_what_is_measured_can_be_chosen():

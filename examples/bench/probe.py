@@ -28,7 +28,6 @@ from tests.denoisers import REGISTRY, Denoiser
 STEPS = 6
 YES = "yes"
 PENDING = "no: not measured"
-NO_TIMESTEP = "none: no argument is a timestep, so there are no steps to keep anything from"
 
 Outputs = list[list[Tensor]]
 """The tensors of each step."""
@@ -135,8 +134,7 @@ def probe(name: str, tell: Callable[[Row], None] = lambda row: None, *, full: bo
         update(seconds=round(time.process_time() - start, 2), **_structure(lossless))
         update(exact=_answer(lambda: exact(lossless, request)))
         made: list[OptimizedModule] = []
-        timed = any(i.role == "timestep" for i in lossless.compiled.captured.program.inputs)
-        update(cached=_answer(lambda: cached(request, made)) if timed else NO_TIMESTEP)
+        update(cached=_answer(lambda: cached(request, made)))
         if full:
             fastest = made[0] if row.cached == YES else lossless
             update(onnx=_answer(lambda: onnx(fastest, request)))
