@@ -21,11 +21,13 @@ from torch._subclasses.fake_tensor import (
 )
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "OpOverload",
+    "TorchDispatchMode",
     "compile_graph",
     "depends_on_values",
     "fake_mode_of",

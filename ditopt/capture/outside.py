@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
 from ditopt._torch import pytree
 from ditopt.capture.replay import Lost, Recorder
@@ -66,6 +65,8 @@ class _Call:
     """One call of a module: what runs it again on other tensors is in BODIES under ``name``; ``first`` it gave."""
 
     def __init__(self, twin: nn.Module, args: Any, kwargs: Any, weights: Sequence[Tensor], line: str) -> None:
+        from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
         self._twin = twin
         self._names = list(_weights(twin))
         leaves, self._tree = pytree.tree_flatten((args, kwargs))
