@@ -153,7 +153,7 @@ def test_onnx_is_eager(name, tmp_path):
 def test_experts_that_the_latent_routes_stay_python(foreign, line, tmp_path):
     model, call = foreign.model(), foreign.call(0, 0)
     fast = ditopt.optimize(model, "lossless", example_inputs=call, target="eager")
-    said = next(n for n in fast.compiled.captured.notes if "stay Python" in n)
+    said = next(n for n in fast.compiled.captured.notes if " stay Python, one operator each" in n)
     assert "routed.py:" in said
     assert f"({line})" in said
     assert "depends on the latent" in said
