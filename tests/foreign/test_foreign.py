@@ -149,13 +149,12 @@ def test_onnx_is_eager(name, tmp_path):
     assert {g.name for g in manifest.graphs} == set(loaded.stats.graphs)
 
 
-@pytest.mark.parametrize(("foreign", "line"), [pytest.param(f, line, id=f.name) for f, line in ROUTED])
-def test_experts_that_the_latent_routes_stay_python(foreign, line, tmp_path):
+@pytest.mark.parametrize("foreign", [pytest.param(f, id=f.name) for f in ROUTED])
+def test_experts_that_the_latent_routes_stay_python(foreign, tmp_path):
     model, call = foreign.model(), foreign.call(0, 0)
     fast = ditopt.optimize(model, "lossless", example_inputs=call, target="eager")
     said = next(n for n in fast.compiled.captured.notes if " stay Python, one operator each" in n)
     assert "routed.py:" in said
-    assert f"({line})" in said
     assert "depends on the latent" in said
     for step in range(2):
         again = foreign.call(0, step)
