@@ -41,17 +41,27 @@ def combinations(program: Program, most: int = 8) -> list[Choices]:
     All of them where they are at most ``most``; else the all-compute and all-reuse rows and those that reuse all but
     one or only one. A row that has no graph of its own runs as one that computes more.
     """
+    names = [d.name for d in program.decisions]
+    full: Choices = dict.fromkeys(names, "compute")
     if 2 ** len(program.decisions) > most:
-        names = [d.name for d in program.decisions]
-        full: Choices = dict.fromkeys(names, "compute")
         most_of: list[Choices] = [{**dict.fromkeys(names, "reuse"), n: "compute"} for n in names]
         few: list[Choices] = [full, dict.fromkeys(names, "reuse"), *({**full, n: "reuse"} for n in names)]
-        return [*few, *most_of][:most]
-    names = [d.name for d in program.decisions]
+        return _without_skipped(program, [*few, *most_of])[:most]
     rows = [dict(zip(names, c, strict=True)) for c in itertools.product(("compute", "reuse"), repeat=len(names))]
     rows.sort(key=lambda r: sum(v == "reuse" for v in r.values()), reverse=True)
-    full = rows.pop()
-    return [full, *rows]
+    return _without_skipped(program, [full, *rows[:-1]])
+
+
+def _without_skipped(program: Program, rows: Sequence[Choices]) -> list[Choices]:
+    """``rows``, where a call that is skipped as a branch of guidance neither computes nor keeps anything else."""
+    calls = {d.name for d in program.decisions if d.guidance == "calls"}
+    out: list[Choices] = []
+    for row in rows:
+        if any(row[n] == "reuse" for n in calls):
+            row = {n: c if n in calls else "bypass" for n, c in row.items()}
+        if row not in out:
+            out.append(row)
+    return out
 
 
 class Lowering:
