@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._guards import detect_fake_mode
+from torch._ops import HigherOrderOperator as HigherOrder
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -23,6 +24,7 @@ from torch.utils import _pytree as pytree
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "HigherOrder",
     "OpOverload",
     "compile_graph",
     "depends_on_values",
@@ -33,6 +35,7 @@ __all__ = [
     "invoke_subgraph",
     "is_fake",
     "is_unbacked",
+    "may_alias",
     "pytree",
     "weightless",
 ]
@@ -84,6 +87,12 @@ def fixed_size(size: int | torch.SymInt) -> int | None:
         found: int | None = size.node.maybe_as_int()
         return found
     return size
+
+
+def may_alias(op: OpOverload) -> bool:
+    """Whether ``op`` is composite and returns a view of its operand for some operands or all."""
+    named = torch.Tag.maybe_aliasing_or_mutating in op.tags
+    return bool((named or any(a.alias_info for a in op._schema.arguments)) and op._can_decompose())
 
 
 def weightless() -> FakeTensorMode:

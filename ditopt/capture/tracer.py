@@ -63,7 +63,7 @@ class Recorded(nn.Module):
                 else:
                     args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                     with fx.traceback.set_current_meta(node):
-                        values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                        values[node] = node.target(*args, **kwargs)
         (results,) = self._record.output_node().args
         return tuple(values[r] for r in results)  # type: ignore[union-attr, index]
 
