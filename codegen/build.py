@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,42 +12,90 @@ from torch import Tensor, fx
 
 from ditopt._torch import compile_graph
 from ditopt.artifact import Executable, Manifest, StepGraph
-from ditopt.codegen.lower import Lowered, lower, lower_memos
+from ditopt.codegen.lower import Choices, Lowered, Lowering, lower, lower_memos
 from ditopt.codegen.onnx.export import export_artifact
+from ditopt.codegen.probe import NAME as PROBE
+from ditopt.errors import DitoptError
 from ditopt.ir.edit import inline
+from ditopt.ir.opening import opened
 from ditopt.ir.program import Program
+from ditopt.ops.call_module import calls
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a Session needs of a Program: its manifest, its executables, and where that is cheap a way to ``more``."""
+
+    manifest: Manifest
+    run: dict[str, Executable]
+    more: Callable[[Mapping[str, str]], StepGraph] | None
 
 
 def describe(program: Program, variants: Sequence[Lowered], memos: Sequence[Lowered], **more: Any) -> Manifest:
     """The manifest of a lowered Program; ``more`` are further Manifest fields."""
     slots = {f.ref for v in variants for f in v.graph.inputs if f.kind == "state"}
+    slots |= {u.slot for v in variants for u in v.graph.updates if v.graph.name != PROBE}
+    probe = next((v.graph for v in variants if v.graph.name == PROBE), None)
     return Manifest(
         inputs=program.inputs,
         outputs=program.outputs,
         state=tuple(s for s in program.state if s.name in slots),
         decisions=program.decisions,
-        memos=program.memos,
-        graphs=tuple(v.graph for v in variants),
+        memos=opened(program).memos,
+        graphs=tuple(v.graph for v in variants if v.graph is not probe),
         memo_graphs=tuple(m.graph for m in memos),
+        probe=probe,
         **more,
     )
 
 
-def build(program: Program, target: str, **more: Any) -> tuple[Manifest, dict[str, Executable]]:
-    """Executables in this process, for ``target`` "eager" or "inductor", and their manifest.
+def build(program: Program, target: str, rows: Sequence[Choices] | None = None, **more: Any) -> Built:
+    """Executables in this process, for ``target`` "eager" or "inductor"; ``rows``: the combinations of choices to make
+    a graph of (lower.py).
 
     Graphs are compiled when they first run. Memo functions run eagerly: they run once a request or once a timestep,
     and in eager they are bit-equal to what the step would have computed.
     """
-    steps, memos = lower(program), lower_memos(program)
+    steps, memos = lower(program, rows), lower_memos(program)
     make = {"eager": eager, "inductor": inductor}[target]
     run = {s.graph.name: make(s) for s in steps} | {m.graph.name: eager(m) for m in memos}
-    return describe(program, steps, memos, target=target, **more), run
+    manifest = describe(program, steps, memos, target=target, **more)
+    return Built(manifest, run, _on_demand(program, manifest, run) if target == "eager" else None)
 
 
-def export(program: Program, path: Path, schedule: list[dict[str, Any]] | None, **more: Any) -> Manifest:
+def _on_demand(
+    program: Program, manifest: Manifest, run: dict[str, Executable]
+) -> Callable[[Mapping[str, str]], StepGraph]:
+    """Makes further step graphs of an eager plan when a step first asks for their choices."""
+    rows = [g.choices for g in manifest.graphs]
+    given = {s.name for s in manifest.state}
+    given |= {u.slot for u in manifest.probe.updates} if manifest.probe is not None else set()
+
+    @functools.cache
+    def lowering() -> Lowering:
+        return Lowering(program, rows)
+
+    def more(choices: Mapping[str, str]) -> StepGraph:
+        made = lowering().variant(choices)
+        if not {f.ref for f in made.graph.inputs if f.kind in ("carry", "state")} <= given:
+            return manifest.graphs[0]
+        run[made.graph.name] = eager(made)
+        return made.graph
+
+    return more
+
+
+def export(
+    program: Program,
+    path: Path,
+    schedule: list[dict[str, Any]] | None,
+    rows: Sequence[Choices] | None = None,
+    **more: Any,
+) -> Manifest:
     """Write ``program`` as ONNX files beside ``path`` (codegen/onnx/export.py)."""
-    lowered = [*lower(program), *lower_memos(program)]
+    program = opened(program)
+    refuse_modules(program, "become ONNX")
+    lowered = [*lower(program, rows), *lower_memos(program)]
     split = len(lowered) - len(program.memos)
     manifest = describe(program, lowered[:split], lowered[split:], target="onnxruntime", **more)
     return export_artifact(
@@ -56,6 +106,15 @@ def export(program: Program, path: Path, schedule: list[dict[str, Any]] | None, 
         path,
         schedule=schedule,
     )
+
+
+def refuse_modules(program: Program, what: str) -> None:
+    """DitoptError where the program calls Python of the model, which cannot ``what``."""
+    for body in calls(f.graph for f in program.functions.values()):
+        raise DitoptError(
+            f"this model looks at values of the latent{body.line}, which stays Python in its graph and cannot {what}; "
+            "run it in this process, with target eager or inductor"
+        )
 
 
 def flat_module(step: Lowered) -> fx.GraphModule:

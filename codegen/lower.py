@@ -9,15 +9,18 @@ value becomes a rename (no output, no copy).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from ditopt.artifact import StepGraph, Update
+from ditopt.codegen.probe import NAME as PROBE
+from ditopt.codegen.probe import Split, split
 from ditopt.ir.cost import function_flops, step_flops
 from ditopt.ir.edit import Editor, prune
+from ditopt.ir.opening import opened
 from ditopt.ir.program import Formal, Function, Program, call_args, callee, formal, is_call
 from ditopt.ops import select
 
@@ -26,7 +29,7 @@ Choices = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Lowered:
-    """A step graph and the decided Program that it runs (no selects, no decisions; memo functions left out)."""
+    """A step graph and the decided Program that it runs (no selects, decisions or attention operators; no memos)."""
 
     graph: StepGraph
     program: Program
@@ -38,29 +41,69 @@ def combinations(program: Program, most: int = 8) -> list[Choices]:
     All of them where they are at most ``most``; else the all-compute and all-reuse rows and those that reuse all but
     one or only one. A row that has no graph of its own runs as one that computes more.
     """
+    if 2 ** len(program.decisions) > most:
+        names = [d.name for d in program.decisions]
+        full: Choices = dict.fromkeys(names, "compute")
+        most_of: list[Choices] = [{**dict.fromkeys(names, "reuse"), n: "compute"} for n in names]
+        few: list[Choices] = [full, dict.fromkeys(names, "reuse"), *({**full, n: "reuse"} for n in names)]
+        return [*few, *most_of][:most]
     names = [d.name for d in program.decisions]
     rows = [dict(zip(names, c, strict=True)) for c in itertools.product(("compute", "reuse"), repeat=len(names))]
     rows.sort(key=lambda r: sum(v == "reuse" for v in r.values()), reverse=True)
     full = rows.pop()
-    if len(rows) + 1 > most:
-        rows = [r for r in rows if sum(v == "reuse" for v in r.values()) in (1, len(names) - 1, len(names))][: most - 1]
     return [full, *rows]
 
 
+class Lowering:
+    """The step graphs of a Program. State that none of ``rows`` (choices) reads is not kept: where a stream matters
+    only through what is skipped (the text stream of joint attention), nothing of it has to be remembered."""
+
+    def __init__(self, program: Program, rows: Sequence[Choices]) -> None:
+        program = opened(program)  # no backend claims attention
+        self._parts = split(program)
+        rest = program if self._parts is None else self._parts.rest
+        rules = [d.rule for d in program.decisions if d.rule is not None]
+        host = {d.gram for d in program.decisions if d.gram} | {r.signal for r in rules if r.lag}
+        if self._parts is not None:
+            reads = _probe(self._parts, self._parts.carried).graph.inputs
+            host |= {f.ref for f in reads if f.kind == "state"}
+        self._rest = _with_state(rest, live_state(rest, rows, host))
+
+    def variant(self, choices: Choices) -> Lowered:
+        """The step graph of these choices."""
+        return _variant(self._rest, choices)
+
+    def probe(self, used: Collection[str] | None = None) -> Lowered | None:
+        """What measures the numbers that rules read, where the step itself does (codegen/probe.py); it gives the values
+        named ``used`` (None: all that a step graph could read) besides."""
+        return _probe(self._parts, self._parts.carried if used is None else used) if self._parts is not None else None
+
+
 def lower(program: Program, rows: Iterable[Choices] | None = None) -> list[Lowered]:
-    """One step graph for each row of choices (default: ``combinations``); the first computes everything.
-
-    State that no row reads is not kept: where a stream matters only through what is skipped (the text stream of joint
-    attention), nothing of it has to be remembered.
-    """
+    """One step graph for each row of choices (default: ``combinations``), then the probe where there is one. The first
+    row computes everything."""
     wanted = combinations(program) if rows is None else list(rows)
-    program = _with_state(program, live_state(program, wanted))
-    return [_variant(program, row) for row in wanted]
+    made = Lowering(program, wanted)
+    variants = [made.variant(row) for row in wanted]
+    probe = made.probe({f.ref for v in variants for f in v.graph.inputs if f.kind == "carry"})
+    return [*variants, *([probe] if probe is not None else [])]
 
 
-def live_state(program: Program, rows: Sequence[Choices]) -> set[str]:
-    """The slots that some row reads, to compute an output or another slot that is read."""
-    live: set[str] = set()
+def _probe(parts: Split, used: Collection[str]) -> Lowered:
+    """The probe, giving the carried values among ``used``."""
+    program, names = parts.probe(used)
+    decided = _decided(program, {})
+    total, blocks = step_flops(decided)
+    inputs = tuple(formal(p) for p in decided.step.placeholders)
+    carries = tuple(Update(name, len(parts.signals) + i) for i, name in enumerate(names))
+    graph = StepGraph(PROBE, {}, inputs, len(parts.signals), carries, total, blocks)
+    return Lowered(graph, decided)
+
+
+def live_state(program: Program, rows: Sequence[Choices], host: Collection[str] = ()) -> set[str]:
+    """The slots that some row reads, to compute an output or another slot that is read, and those that the host, or the
+    probe for it, reads."""
+    live: set[str] = set(host)
     while True:
         kept = _with_state(program, live)
         found = set()
@@ -96,6 +139,7 @@ def _with_state(program: Program, slots: set[str]) -> Program:
 
 def lower_memos(program: Program) -> list[Lowered]:
     """Each memo function as a graph of its own, named like the function."""
+    program = opened(program)
     out = []
     for memo in program.memos:
         function = program.functions[memo.function]
@@ -109,9 +153,10 @@ def lower_memos(program: Program) -> list[Lowered]:
 
 
 def variant_name(choices: Choices) -> str:
-    """``full``; ``reuse`` where everything is reused; else the names of what is."""
-    reused = [k for k, v in choices.items() if v == "reuse"]
-    return "full" if not reused else "reuse" if len(reused) == len(choices) else "reuse_" + "_".join(reused)
+    """``full``; ``reuse`` where everything is reused; else the names of what is, and of what is not kept."""
+    reused, idle = ([k for k, v in choices.items() if v == word] for word in ("reuse", "bypass"))
+    name = "full" if not reused else "reuse" if len(reused) == len(choices) else "reuse_" + "_".join(reused)
+    return name + ("_idle_" + "_".join(idle) if idle else "")
 
 
 def _variant(program: Program, choices: Choices) -> Lowered:
@@ -151,12 +196,17 @@ def _decided(program: Program, choices: Choices) -> Program:
 
 
 def _decide(function: Function, choices: Choices) -> Function:
-    """``function`` with every select replaced by the operand that ``choices`` takes."""
+    """``function`` with every select replaced by the operand that ``choices`` takes: of new state the old one where
+    nothing is kept ("bypass")."""
     with Editor(function, "lower") as e:
+        state = set(e.results[len(e.results) - len(function.state_out) :])
         for node in list(e.graph.nodes):
             if node.target is select:
                 computed, predicted, decision = node.args
-                node.replace_all_uses_with(computed if choices[str(decision)] == "compute" else predicted)
+                choice = choices.get(str(decision), "compute")
+                kept = choice == "compute" or (choice == "bypass" and node not in state)
+                chosen = computed if kept else predicted
+                node.replace_all_uses_with(chosen)
         e.drop_dead(formals=False)
     return e.function()
 

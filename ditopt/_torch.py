@@ -5,7 +5,8 @@ Everything under ``torch._*`` moves between releases; gathering it here makes a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +20,16 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrder",
     "OpOverload",
+    "TorchDispatchMode",
     "compile_graph",
     "depends_on_values",
     "fake_mode_of",
@@ -38,6 +42,7 @@ __all__ = [
     "may_alias",
     "pytree",
     "weightless",
+    "whole_lists",
 ]
 
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
@@ -100,6 +105,21 @@ def weightless() -> FakeTensorMode:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # imports sympy
 
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[]))
+
+
+@contextlib.contextmanager
+def whole_lists() -> Iterator[None]:
+    """Inside, ``tolist`` of a tensor of a trace is one call that a TorchFunctionMode sees, as it is in eager; without
+    it the numbers are read one by one."""
+    owners: list[Any] = [kind for kind in (FakeTensor, FunctionalTensor) if "tolist" in vars(kind)]
+    own = [kind.tolist for kind in owners]
+    for kind in owners:
+        kind.tolist = torch.Tensor.tolist
+    try:
+        yield
+    finally:
+        for kind, method in zip(owners, own, strict=True):
+            kind.tolist = method
 
 
 def guards_of(exported: Any) -> tuple[str, ...]:

@@ -13,8 +13,9 @@ from ditopt.artifact import Manifest
 from ditopt.capture import Captures, arguments_of, bind, capture, seal
 from ditopt.codegen.build import describe, export
 from ditopt.codegen.lower import lower, lower_memos
-from ditopt.engine import Engine, describe_for, rewrite, schedule_of
+from ditopt.engine import Engine, describe_for, rewrite, schedule_of, variants
 from ditopt.errors import BadInput
+from ditopt.ir.fold import fold_constants
 from ditopt.ir.program import Role
 from ditopt.offload import loaded
 from ditopt.optimized import OptimizedModule
@@ -142,7 +143,8 @@ def export_onnx(
     ``steps`` (or ``timesteps``, which a predictor in the model's time needs). An OptimizedModule exports what it runs.
     """
     captured, history, used = _programs(model, recipe, example_inputs, steps, roles)
-    program = seal(history[-1].program if history else captured.program, captured.guard)
+    captured.refuse_writes("exported")
+    program = fold_constants(seal(history[-1].program if history else captured.program, captured.guard))
     times = [float(t) for t in timesteps] if timesteps is not None else None
     if times is not None and steps is not None and len(times) != steps:
         raise BadInput(f"steps={steps} and {len(times)} timesteps given; they must agree")
@@ -152,9 +154,11 @@ def export_onnx(
     if program.decisions and count is None:
         raise BadInput(f"recipe {str(used)!r} schedules steps, so the export must know how many: pass steps=")
     more = describe_for(captured, history, used, count)
-    lowered = describe(program, lower(program), lower_memos(program), **more)
-    schedule = schedule_of(program, lowered, count, times) if program.decisions and count else None
-    return export(program, Path(path), schedule, **more)
+    rows = variants(program, "onnxruntime", count)
+    lowered = describe(program, lower(program, rows), lower_memos(program), **more)
+    measures = any(d.rule is not None or d.gram for d in program.decisions)
+    schedule = schedule_of(program, lowered, count, times) if program.decisions and count and not measures else None
+    return export(program, Path(path), schedule, rows, **more)
 
 
 def _programs(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ditopt.errors import ArtifactError
-from ditopt.ir.program import Decision, Formal, Input, Interval, Memo, Predictor, StateSlot, TensorType
+from ditopt.ir.program import Decision, Formal, Input, Interval, Memo, Predictor, Rule, StateSlot, TensorType
 
 VERSION = 1
 
@@ -50,9 +51,10 @@ class Update:
 class StepGraph:
     """One compiled variant of the step, or one memo function.
 
-    ``choices``: decision name -> "compute" | "reuse". ``inputs``: what to pass, in order. ``results``: number of model
-    outputs (or memo values), the first outputs of the graph. ``flops`` and ``block_flops``: matmul, convolution and
-    attention really executed by one call, in all and inside blocks. ``file``: its file in a saved artifact.
+    ``choices``: decision name -> "compute" | "reuse" | "bypass" (compute and keep nothing). ``inputs``: what to pass,
+    in order. ``results``: number of model outputs (or memo values), the first outputs of the graph. ``flops`` and
+    ``block_flops``: matmul, convolution and attention really executed by one call, in all and inside blocks. ``file``:
+    its file in a saved artifact.
     """
 
     name: str
@@ -70,8 +72,10 @@ class Manifest:
     """Everything the runtime knows about one optimized signature of a model.
 
     ``graphs[0]`` computes everything (the "full" variant). ``memos`` run before a step graph, in order, each by the
-    graph of its function's name. ``full_flops`` is what the plain model executes in a step, ``full_block_flops`` that
-    inside its blocks. ``structure``: how model outputs are packed: "tuple", or the keys of a dict.
+    graph of its function's name. ``probe``, where there is one, runs at every step before the step graph is chosen: its
+    ``results`` are what the rules of ``decisions`` read, in their order; its ``updates`` name its further outputs,
+    which step graphs read as "carry". ``full_flops`` is what the plain model executes in a step, ``full_block_flops``
+    that inside its blocks. ``structure``: how model outputs are packed: "tuple", or the keys of a dict.
     """
 
     inputs: tuple[Input, ...]
@@ -81,6 +85,7 @@ class Manifest:
     memos: tuple[Memo, ...]
     graphs: tuple[StepGraph, ...]
     memo_graphs: tuple[StepGraph, ...] = ()
+    probe: StepGraph | None = None
     full_flops: int = 0
     full_block_flops: int = 0
     recipe: str = ""
@@ -89,17 +94,30 @@ class Manifest:
     steps: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def every_graph(self) -> tuple[StepGraph, ...]:
+        """The step graphs, the memo functions, the probe."""
+        return (*self.graphs, *self.memo_graphs, *([self.probe] if self.probe is not None else []))
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """State slots of what the probe measures, in the order of its results."""
+        rules = [d.rule for d in self.decisions if d.rule is not None and not d.rule.lag]
+        return tuple(dict.fromkeys(r.signal for r in rules))
+
 
 @dataclass(frozen=True)
 class Plan:
     """A manifest with its executables: what a Session runs. ``params()`` gives the current weights by name (they may be
     empty where graphs carry their own). ``stale()`` is asked once a request, after the weights that memos read were
-    looked at: whether weights that the graphs carry have changed since in the model they were copied from."""
+    looked at: whether weights that the graphs carry have changed since in the model they were copied from. ``more``
+    makes a step graph for further choices, adding its executable to ``run``, where that costs next to nothing."""
 
     manifest: Manifest
     run: Mapping[str, Executable]
     params: Callable[[], Mapping[str, Tensor]] = dict
     stale: Callable[[], bool] = bool
+    more: Callable[[Mapping[str, str]], StepGraph] | None = None
 
 
 def to_json(manifest: Manifest) -> str:
@@ -114,6 +132,8 @@ def to_json(manifest: Manifest) -> str:
             return {str(k): plain(v) for k, v in value.items()}
         if isinstance(value, (tuple, list)):
             return [plain(v) for v in value]
+        if isinstance(value, float) and math.isinf(value):
+            return str(value)  # JSON has no word for it
         return value
 
     return json.dumps({"ditopt_artifact": VERSION, **plain(manifest)}, indent=1)
@@ -149,6 +169,12 @@ def _graph(d: dict[str, Any]) -> StepGraph:
     )
 
 
+def _rule(d: dict[str, Any]) -> Rule:
+    lists = {k: tuple(d[k]) for k in ("polynomial", "domain", "slots")}
+    book = tuple((float(bound), float(steps)) for bound, steps in d["book"])
+    return Rule(**{**d, **lists, "book": book, "predictor": Predictor(**d["predictor"])})
+
+
 def _manifest(d: dict[str, Any]) -> Manifest:
     decisions = tuple(
         Decision(
@@ -158,6 +184,10 @@ def _manifest(d: dict[str, Any]) -> Manifest:
             predictor=Predictor(**x["predictor"]),
             slots=tuple(tuple(s) for s in x["slots"]),
             weights=x["weights"],
+            rule=None if x["rule"] is None else _rule(x["rule"]),
+            row=x["row"],
+            rows=x["rows"],
+            gram=x["gram"],
         )
         for x in d["decisions"]
     )
@@ -173,6 +203,7 @@ def _manifest(d: dict[str, Any]) -> Manifest:
             ),
             "graphs": tuple(_graph(g) for g in d["graphs"]),
             "memo_graphs": tuple(_graph(g) for g in d["memo_graphs"]),
+            "probe": None if d["probe"] is None else _graph(d["probe"]),
             "structure": d["structure"] if isinstance(d["structure"], str) else tuple(d["structure"]),
         }
     )

@@ -6,7 +6,6 @@ keep the same reports.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import warnings
@@ -22,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from ditopt.artifact import Manifest, Plan
-from ditopt.capture import CallSpec, Captured, Captures, bind
+from ditopt.capture import CallSpec, Captured, Captures, bind, by_name
 from ditopt.codegen.build import build, export
 from ditopt.errors import BadInput, DitoptWarning, SessionError, StaleWeights
+from ditopt.fitted import UNKNOWN, Fitted, guidance_text, latent_text, model_text, scheduler_text
 from ditopt.ir.cost import step_flops
+from ditopt.ir.fold import fold_constants
 from ditopt.ir.program import Program, Role
 from ditopt.pipeline import Context, PassManager, PassResult
 from ditopt.recipe import Recipe
@@ -33,10 +34,13 @@ from ditopt.release import Release, Shelves
 from ditopt.release import check as check_release
 from ditopt.runtime.load import load_onnx
 from ditopt.runtime.memo import fingerprint
-from ditopt.runtime.policy import table
+from ditopt.runtime.policy import distinct, table
 from ditopt.runtime.session import Session
 from ditopt.target import resolve
 from ditopt.valid import Valid, notice
+
+VARIANTS = 8
+"""Step graphs that are compiled of one program; eager ones cost next to nothing and are not counted."""
 
 SIGNATURES = 4
 """Captured signatures that an Engine keeps; the least recently used gives way."""
@@ -59,7 +63,7 @@ class Compiled:
 
 class Engine:
     """Runs ``model`` by ``recipe``. ``weights`` names arguments that are weights (see ``capture``); ``dynamic`` is that
-    of ``Captures``."""
+    of ``Captures``. ``scheduler()``: that of the loop around the model, None where nobody told."""
 
     def __init__(
         self,
@@ -68,7 +72,7 @@ class Engine:
         target: str = "auto",
         steps: int | None = None,
         roles: Mapping[str, Role] | None = None,
-        weights: Collection[str] = (),
+        weights: Collection[str] | None = None,
         release: Release = "keep",
         dynamic: bool | None = None,
     ) -> None:
@@ -80,7 +84,8 @@ class Engine:
         self.recipe = Recipe.parse(recipe)
         self.steps = steps
         self.roles = dict(roles or {})
-        self.weights = frozenset(weights)
+        self.weights = frozenset(weights or ())
+        self.piece = weights is not None  # a graph of Dynamo, of which there may be several
         self.captures = Captures(model, self.roles, self.weights, dynamic)
         self.session = Session()
         self.target = resolve(target, _place(model)[1])
@@ -92,6 +97,9 @@ class Engine:
         self._place = _place(model)
         self._captured: _Snapshot | None = None
         self._seen: int | None = None  # the request in which the model was last compared with what was captured
+        self.scheduler: Callable[[], Any] = lambda: None
+        self._fitted = Fitted(self.recipe.calibrated) if self.recipe.calibrated else None
+        self._model_text = UNKNOWN  # as it was when all of its weights were in place
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """One step of the model, by its own calling convention."""
@@ -107,7 +115,22 @@ class Engine:
             self._drop(next(reversed(self.compiled)))
             compiled = self.prepare(spec, every)
             results = self.session.call(compiled.plan, tensors)
+        if self._fitted is not None:
+            self._fitted.look(self.session, lambda calls: self._running(calls, compiled, spec, every))
+        if compiled.captured.put is not None:
+            compiled.captured.put(results, by_name(self.model, args, kwargs))
         return compiled.captured.pack(results)
+
+    def _running(self, calls: int, compiled: Compiled, spec: CallSpec, tensors: Sequence[Tensor]) -> dict[str, str]:
+        """What runs, by the keys of ``ditopt.fitted``."""
+        steps = self.session.clock.steps or self.steps
+        now = {"steps": str(steps or UNKNOWN), "scheduler": scheduler_text(self.scheduler())}
+        if not self.weights:  # Dynamo names the weights otherwise
+            now["model"] = self._model_text if self.shelves.mode != "keep" else model_text(self.model)
+        latent = latent_of(compiled.captured.program, dict(zip(spec.names, tensors, strict=True)))
+        if latent is not None:
+            now |= {"latent": latent_text(latent), "guidance": guidance_text(calls, latent)}
+        return now
 
     def prepare(self, spec: CallSpec, tensors: Sequence[Tensor]) -> Compiled:
         """The compiled signature of a call; captured and rewritten the first time, and where Python of the model would
@@ -128,6 +151,8 @@ class Engine:
             self._put_away()
             raise
         self._captured = self._captured or _Snapshot(self.model)
+        if self._fitted is not None and self.shelves.mode != "keep" and not self.shelves.freed:
+            self._model_text = model_text(self.model)
         if len(self.compiled) >= SIGNATURES:
             self._drop(next(iter(self.compiled)))
         self._count += 1
@@ -174,15 +199,16 @@ class Engine:
         self._captured, self._place = None, _place(self.model)
 
     def _compile(self, captured: Captured) -> Compiled:
-        history = rewrite(captured, self.recipe, self.target, self.steps)
+        history = rewrite(captured, self.recipe, self.target, self.steps, piece=self.piece)
         program = history[-1].program if history else captured.program
         more = describe_for(captured, history, self.recipe, self.steps)
         if self.target == "onnxruntime":
             return self._exported(captured, history, program, more)
-        manifest, run = build(program, self.target, **more)
+        made = build(program, self.target, variants(program, self.target, self.steps), **more)
         if self.shelves.mode != "keep":
-            run = {**run, **self.shelves.executables(program, manifest, self.session.unwatch)}
-        plan = Plan(manifest, run, self._weights_of(program.params), stale=self.shelves.settle)
+            made.run.update(self.shelves.executables(program, made.manifest, self.session.unwatch))
+        weights = self._weights_of(program.params)
+        plan = Plan(made.manifest, made.run, weights, stale=self.shelves.settle, more=made.more)
         return Compiled(captured, history, plan, self._valid(captured))
 
     def _exported(
@@ -194,7 +220,8 @@ class Engine:
         before = fingerprint(weights())
         folder = Path(tempfile.mkdtemp(prefix="ditopt-"))
         try:
-            export(program, folder / "model.onnx", None, **more)
+            rows = variants(program, self.target, self.steps)
+            export(fold_constants(program), folder / "model.onnx", None, rows, **more)
             loaded = load_onnx(folder / "model.onnx", self.session).plan
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -256,6 +283,12 @@ class Engine:
             self._place = _place(self.model)
 
 
+def latent_of(program: Program, given: Mapping[str, Tensor]) -> Tensor | None:
+    """The first latent among the inputs ``given`` by name."""
+    names = [i.name for i in program.inputs if i.role == "latent"]
+    return next((given[n] for n in names if n in given), None)
+
+
 class _Snapshot:
     """A model as it was captured: its modules, and the Python values in them that a graph holds fixed."""
 
@@ -311,18 +344,28 @@ def _place(model: nn.Module) -> tuple[torch.dtype, torch.device]:
     return (first.dtype, first.device) if first is not None else (torch.float32, torch.device("cpu"))
 
 
-def rewrite(captured: Captured, recipe: Recipe, target: str, steps: int | None) -> tuple[PassResult, ...]:
-    """What the passes of ``recipe`` did, with a DitoptWarning for each that was asked for and had no effect."""
+def rewrite(
+    captured: Captured, recipe: Recipe, target: str, steps: int | None, piece: bool = False
+) -> tuple[PassResult, ...]:
+    """What the passes of ``recipe`` did, with a DitoptWarning for each that was asked for and had no effect. A graph
+    without a timestep that may be a ``piece`` of a model (another may have the time) gets local passes only."""
     if not any(i.role == "timestep" for i in captured.program.inputs):
+        what = (
+            "so nothing can be kept from step to step: only local passes run. Where the graph is a part of a model "
+            "that Dynamo broke, use ditopt.optimize"
+            if piece
+            else "so steps are told apart by the latent, inside `with fast.session(steps=...)` or where a pipeline's "
+            "scheduler counts them; in other calls nothing is kept from step to step"
+        )
         warnings.warn(
-            "this graph has no timestep input, so nothing can be kept from step to step: only local passes run. "
-            "Where the graph is a part of a model that Dynamo broke, use ditopt.optimize; where the timestep has "
-            "another name, pass roles={'<name>': 'timestep'}",
+            f"this graph has no timestep input, {what}; where the timestep has another name, pass "
+            "roles={'<name>': 'timestep'}",
             DitoptWarning,
             stacklevel=5,
         )
-        local = Recipe.parse("canonicalize, outline_blocks")
-        return tuple(PassManager(local, Context(target, steps)).run(captured.program))
+        if piece:
+            local = Recipe.parse("canonicalize, outline_blocks")
+            return tuple(PassManager(local, Context(target, steps)).run(captured.program))
     history = tuple(PassManager(recipe, Context(target, steps)).run(captured.program))
     _complain(history)
     return history
@@ -337,6 +380,27 @@ def _complain(history: Sequence[PassResult]) -> None:
 
         if everything or get(result.name).contract == "approximate":
             warnings.warn(f"{result.text} changed nothing: {'; '.join(result.refused)}", DitoptWarning, stacklevel=6)
+
+
+def variants(program: Program, target: str, steps: int | None) -> list[Mapping[str, str]] | None:
+    """The combinations of choices that requests of ``steps`` steps take, each to become a step graph, where that is
+    known beforehand; else None. A DitoptWarning where there are more than ``target`` gets graphs for."""
+    lengths = {len(d.schedule.mask) for d in program.decisions if d.schedule.mask}
+    known = steps or (lengths.pop() if len(lengths) == 1 else None)
+    if known is None or not program.decisions or any(d.rule is not None for d in program.decisions):
+        return None
+    full: Mapping[str, str] = {d.name: "compute" for d in program.decisions}
+    rows = distinct(program.decisions, known)
+    kept = [full, *(r for r in rows if r != full)]
+    if target != "eager" and len(kept) > VARIANTS:
+        kept = kept[:VARIANTS]
+        warnings.warn(
+            f"the schedule has {len(rows)} different steps and target {target!r} gets {VARIANTS} compiled ones: steps "
+            "without one of their own run one that computes more",
+            DitoptWarning,
+            stacklevel=6,
+        )
+    return kept
 
 
 def describe_for(
@@ -357,16 +421,13 @@ def describe_for(
 
 
 def _constants(spec: CallSpec) -> dict[str, Any]:
-    """What the capture saw for arguments that are no tensors, where JSON can hold it."""
-    out = {}
-    for name, value in spec.static_items():
-        try:
-            json.dumps(value)
-        except TypeError:
-            continue
-        if value is not None and name != "return_dict":
-            out[name] = value
-    return out
+    """What the capture saw for arguments that are no tensors, and the defaults of those that were left out, as JSON has
+    it. An argument that is None says nothing."""
+    return {
+        name: str(value) if isinstance(value, (torch.dtype, torch.device)) else value
+        for name, value in (*spec.static_items(), *spec.defaults)
+        if name != "return_dict" and (value is not None or "." in name)
+    }
 
 
 def schedule_of(

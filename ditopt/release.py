@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ditopt.artifact import Executable, Manifest
+from ditopt.artifact import Executable, Manifest, StepGraph
 from ditopt.codegen.lower import lower_memos
 from ditopt.codegen.stream import Streamed
 from ditopt.errors import BadInput, SessionError
@@ -71,7 +71,7 @@ class Shelves:
 
     def put(self, manifests: Sequence[Manifest], weights: Mapping[str, Tensor]) -> int:
         """Put away the weights that only memo functions of ``manifests`` read; how many."""
-        inside = {f.ref for m in manifests for g in m.graphs for f in g.inputs if f.kind == "param"}
+        inside = {f.ref for m in manifests for g in _steps(m) for f in g.inputs if f.kind == "param"}
         outside = {f.ref for m in manifests for g in m.memo_graphs for f in g.inputs if f.kind == "param"} - inside
         live = dict(self.model.named_parameters(remove_duplicate=False))
         shared = {live[n].untyped_storage().data_ptr() for n in inside if n in live}
@@ -217,3 +217,8 @@ def _mapped(tensor: Tensor) -> tuple[Tensor, mmap.mmap]:
         held = mmap.mmap(file.fileno(), tensor.nbytes)  # shared, so that a write survives its pages
     count = math.prod(tensor.shape)
     return torch.frombuffer(held, dtype=tensor.dtype, count=count).view(tensor.shape), held
+
+
+def _steps(manifest: Manifest) -> list[StepGraph]:
+    """The graphs that run inside the loop."""
+    return [g for g in manifest.every_graph if g not in manifest.memo_graphs]

@@ -213,7 +213,7 @@ def _costs(program: Program, manifest: Manifest, fast: OptimizedModule) -> str:
     stats = fast.stats
     full = max(manifest.full_flops, 1)
     lines = []
-    for g in (*manifest.graphs, *manifest.memo_graphs):
+    for g in manifest.every_graph:
         memo = next((m for m in manifest.memos if m.function == g.name), None)
         runs = "each step" if memo is None else "once a request" if memo.lifetime == "request" else "once a timestep"
         ran = str(stats.graphs[g.name]) if memo is None else ""

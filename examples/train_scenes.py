@@ -1,7 +1,8 @@
 """Train the shipped scenes model: python -m examples.train_scenes [--minutes 240].
 
 Data: scenes drawn by examples/scenes.py, new ones at every step. Method: flow matching with a diffusers
-FluxTransformer2DModel on 2x2 patches; one caption in ten is dropped for classifier-free guidance.
+FluxTransformer2DModel on 2x2 patches; one caption in ten is dropped for classifier-free guidance. Muon trains the
+matrices of the blocks: with it the loss at high noise, where the caption decides, falls about twice as fast.
 The command shows progress, checkpoints every five minutes and resumes from its checkpoint. Then
 
     python -m examples.train_scenes --evaluate      sample from the checkpoint, classify, and judge
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from ditopt.zoo.scenes import assemble
 from ditopt.zoo.scenes.captions import HEADS, SLOTS, VOCABULARY, labels, named, tokens
 from ditopt.zoo.scenes.classifier import SceneClassifier
-from ditopt.zoo.scenes.pipeline import patches, positions, text_arguments
+from ditopt.zoo.scenes.pipeline import located, patches, positions, text_arguments
 from ditopt.zoo.words import WordTable
 from examples import judging, scenes
 from examples.training import TrainingAttention, fit, sigmas
@@ -32,18 +33,19 @@ CONFIG: dict[str, Any] = {
     "denoiser": {
         "_class_name": "FluxTransformer2DModel",
         "patch_size": 1,
-        "in_channels": 12,
+        "in_channels": 14,
+        "out_channels": 12,
         "num_layers": 2,
-        "num_single_layers": 4,
+        "num_single_layers": 6,
         "attention_head_dim": 32,
-        "num_attention_heads": 5,
+        "num_attention_heads": 4,
         "joint_attention_dim": WIDTH,
         "pooled_projection_dim": SLOTS * WIDTH,
         "guidance_embeds": False,
         "axes_dims_rope": [8, 12, 12],
     },
     "text_encoder": {"width": WIDTH},
-    "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0},
+    "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 2.0},
     "sampling": {"num_inference_steps": 30, "guidance_scale": 2.0},
     "training": "python -m examples.train_scenes",
 }
@@ -76,7 +78,7 @@ class Model(nn.Module):
         self._timestep = sigma
         position = {"img_ids": self.img_ids, "txt_ids": self.txt_ids}
         text = text_arguments(self.text_encoder(ids))
-        return self.transformer(latents, timestep=sigma, **text, **position, return_dict=False)[0]
+        return self.transformer(located(latents), timestep=sigma, **text, **position, return_dict=False)[0]
 
 
 def train(minutes: float, size: int, steps: int, checkpoint: Path) -> None:
@@ -96,7 +98,8 @@ def train(minutes: float, size: int, steps: int, checkpoint: Path) -> None:
             velocity = model((1 - at) * x + at * noise, sigma, ids)
         return F.mse_loss(velocity.float(), noise - x)
 
-    fit(model, loss, steps=steps, minutes=minutes, checkpoint=checkpoint)
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "blocks." in name]
+    fit(model, loss, steps=steps, minutes=minutes, checkpoint=checkpoint, matrices=matrices)
 
 
 SUBJECT = judging.Subject(
@@ -114,7 +117,7 @@ SUBJECT = judging.Subject(
 
 
 def main() -> None:
-    args = judging.arguments(__doc__, "scenes", steps=12_000, batch=24, count=128)
+    args = judging.arguments(__doc__, "scenes", steps=4_000, batch=24, count=128)
     if args.evaluate or args.ship:
         judging.judge_checkpoint(SUBJECT, args)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-RATE = 1e-3
+RATE, MUON_RATE = 1e-3, 8e-3
+"""Learning rates. Muon's has torch's adjustment ``match_rms_adamw``: an update's size is a fifth of it."""
 SAVE_EVERY = 300.0
 """Seconds between checkpoints."""
 
@@ -37,22 +38,45 @@ def sigmas(count: int, generator: torch.Generator, shift: float = 1.0) -> Tensor
     return shift * out / (1 + (shift - 1) * out)
 
 
+def _optimizers(model: nn.Module, matrices: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """Muon for ``matrices`` (orthogonalised momentum, arXiv 2502.16982), AdamW for all other parameters."""
+    taken = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in taken]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=RATE, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
+    ]
+    if matrices:
+        made.append(torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    for optimizer in made:
+        for group in optimizer.param_groups:
+            group["highest"] = group["lr"]
+    return made
+
+
 def fit(
-    model: nn.Module, loss: Callable[[int, torch.Generator], Tensor], *, steps: int, minutes: float, checkpoint: Path
+    model: nn.Module,
+    loss: Callable[[int, torch.Generator], Tensor],
+    *,
+    steps: int,
+    minutes: float,
+    checkpoint: Path,
+    matrices: Sequence[nn.Parameter] = (),
 ) -> None:
     """Train ``model`` until ``steps`` or for ``minutes``, whichever is first; continues from ``checkpoint``.
 
     ``loss(step, generator)`` draws the batch of a step, from a generator seeded by the step, so that a resumed run
-    sees the same batches as one that was never stopped. AdamW, cosine decay, and an exponential average of the weights.
+    sees the same batches as one that was never stopped. Muon for ``matrices`` (2D parameters of the model) and AdamW
+    for the rest, cosine decay, and an exponential average of the weights.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
+    optimizers = _optimizers(model, matrices)
     averaged = {k: v.detach().clone() for k, v in model.state_dict().items()}
     start, spent = 0, 0.0
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     if checkpoint.is_file():
         saved = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         averaged, start, spent = saved["averaged"], saved["step"], saved["seconds"]
         print(f"resumed at step {start}", flush=True)
     began = last_saved = time.time()
@@ -60,7 +84,7 @@ def fit(
     def keep(step: int) -> None:
         state = {
             "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [o.state_dict() for o in optimizers],
             "averaged": averaged,
             "step": step,
             "seconds": spent + time.time() - began,
@@ -71,13 +95,15 @@ def fit(
     running, step = None, start - 1
     progress = tqdm(range(start, steps), initial=start, total=steps, mininterval=30, maxinterval=60)
     for step in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        share = min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        for group in (g for o in optimizers for g in o.param_groups):
+            group["lr"] = group["highest"] * share
         value = loss(step, torch.Generator().manual_seed(step))
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         decay = min(0.999, (step + 1) / (step + 10))
         for k, v in model.state_dict().items():
             averaged[k].lerp_(v, 1 - decay)

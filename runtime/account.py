@@ -68,18 +68,24 @@ class Stats:
 
 @dataclass
 class Ledger:
-    """The hits and misses of one request. ``rules``: the schedules of the decisions asked so far."""
+    """The hits and misses of one request. ``rules``: the schedules of the decisions asked so far; ``measured``: what
+    rules read, by decision."""
 
     request: int = 0
     calls: int = 0
     top: int = -1
     rows: list[Row] = field(default_factory=list)
     rules: dict[str, Schedule] = field(default_factory=dict)
+    measured: dict[str, list[float]] = field(default_factory=dict)
     wanted: Counter[str] = field(default_factory=Counter)
     hits: Counter[str] = field(default_factory=Counter)
 
-    def note(self, row: Row, wanted: Mapping[str, str], rules: Mapping[str, Schedule]) -> None:
+    def note(
+        self, row: Row, wanted: Mapping[str, str], rules: Mapping[str, Schedule], measured: Mapping[str, float]
+    ) -> None:
         """A call succeeded."""
+        for name, value in measured.items():
+            self.measured.setdefault(name, []).append(value)
         self.calls += 1
         self.top = max(self.top, row.step)
         self.rows.append(row)
@@ -97,14 +103,24 @@ class Ledger:
             return f"its warm-up and last steps leave none of the {rule.steps} steps to reuse"
         if self.top < first:
             return f"the request ran {self.top + 1} steps and its schedule first reuses at step {first}"
+        if not self.wanted[name] and self.measured.get(name):
+            read = self.measured[name]
+            return (
+                f"its signal was between {min(read):.3g} and {max(read):.3g} at the {len(read)} steps it was read; "
+                "raise the threshold above that to reuse"
+            )
         if self.wanted[name]:
             return "no compiled variant reuses it together with what the other decisions chose"
         return "each guidance branch was new, or had missed steps, whenever the schedule would have reused"
 
     def warn(self) -> None:
-        """The request ended as meant: a DitoptWarning for the decisions that never hit."""
-        for name in self.rules:
-            if not self.hits[name]:
+        """The request ended as meant: a DitoptWarning for the decisions that never hit.
+
+        Not for a block that measured too much, where each block decides by itself and others hit.
+        """
+        hit = {repr(rule) for name, rule in self.rules.items() if self.hits[name] and self.measured.get(name)}
+        for name, rule in self.rules.items():
+            if not self.hits[name] and not (self.measured.get(name) and repr(rule) in hit):
                 warnings.warn(
                     f"cache {name!r} was never reused in this request: {self.reason(name)}", DitoptWarning, stacklevel=4
                 )

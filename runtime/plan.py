@@ -4,41 +4,59 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ditopt.artifact import Plan
+from ditopt.artifact import Plan, StepGraph
 from ditopt.errors import DitoptWarning, SessionError
-from ditopt.ir.program import TensorType
+from ditopt.ir.program import Interval, TensorType
 from ditopt.runtime.memo import Memos
-from ditopt.runtime.policy import Schedule, schedule
+from ditopt.runtime.policy import Schedule, fit, schedule
 
 _AGAIN = "optimize the model again for these inputs"
 
 
 class Ready:
-    """``names``: input names by role; ``graphs``: step and memo graphs by name; ``models``: slots that outlive
-    requests; ``lasting``: their values; ``reads_time``: whether every call has to read the timestep."""
+    """``decisions``: those of the manifest, or rescheduled; ``names``: input names by role; ``graphs``: step and memo
+    graphs by name; ``models``: slots that outlive requests; ``lasting``: their values; ``reads_time``: whether every
+    call has to read the timestep; ``steps``: of the request whose ``rules`` were asked last."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.manifest = plan, plan.manifest
+        self.decisions = plan.manifest.decisions
         self.memos = Memos(plan.manifest)
-        self.graphs = {g.name: g for g in (*plan.manifest.graphs, *plan.manifest.memo_graphs)}
+        self.graphs = {g.name: g for g in plan.manifest.every_graph}
         self.names: dict[str, list[str]] = {role: [] for role in ("latent", "timestep", "prompt", "shape")}
         for i in plan.manifest.inputs:
             self.names[i.role].append(i.name)
         self.models = {s.name for s in plan.manifest.state if s.lifetime == "model"}
         self.lasting: dict[str, Tensor] = {}
+        self._variants = list(plan.manifest.graphs)
         self.reads_time = self.memos.reads_time() or any(
-            d.predictor.time == "timestep" and d.predictor.basis != "hold" for d in plan.manifest.decisions
+            p.time == "timestep" and p.basis != "hold"
+            for d in plan.manifest.decisions
+            for p in (d.predictor, *([d.rule.predictor] if d.rule else []))
         )
+        self._controls = {name: t for d in plan.manifest.decisions for name, t in d.controls.items()}
         self._types = {s.name: s.type for s in plan.manifest.state}
         self._rules: dict[int | None, dict[str, Schedule]] = {}
-        self._steps: int | None = None
+        self.steps: int | None = None
         self._late = False
         self._device: torch.device | None = None
         self._control: dict[tuple[str, tuple[float, ...], torch.device], Tensor] = {}
+
+    def reschedule(self, masks: Mapping[str, str]) -> None:
+        """Follow these masks, by decision, in place of the schedules that the model was compiled with."""
+        unknown = set(masks) - {d.name for d in self.manifest.decisions}
+        if unknown:
+            known = ", ".join(d.name for d in self.manifest.decisions) or "none"
+            raise SessionError(f"there is no decision {', '.join(sorted(unknown))}; there are: {known}")
+        self.decisions = tuple(
+            replace(d, schedule=Interval(mask=masks[d.name])) if d.name in masks else d for d in self.manifest.decisions
+        )
+        self._rules = {}
 
     def by_role(self, given: Mapping[str, Tensor], role: str) -> list[Tensor]:
         """The inputs of one role, in the manifest's order."""
@@ -73,10 +91,10 @@ class Ready:
 
     def rules(self, declared: int | None) -> dict[str, Schedule]:
         """The schedule of each decision for a request of ``declared`` steps (None: as many as the manifest says)."""
-        planned = self.manifest.steps or max((len(d.schedule.mask) for d in self.manifest.decisions), default=0) or None
-        self._steps = declared or planned
-        if self._steps not in self._rules:
-            made = {d.name: schedule(d.schedule, self._steps, d.name) for d in self.manifest.decisions}
+        planned = self.manifest.steps or max((len(d.schedule.mask) for d in self.decisions), default=0) or None
+        self.steps = declared or planned
+        if self.steps not in self._rules:
+            made = {d.name: schedule(d.schedule, self.steps, d.name) for d in self.decisions}
             if declared and planned and declared != planned and made:
                 warnings.warn(
                     f"this request runs {declared} steps and the model was optimized for {planned}: the schedule was "
@@ -84,16 +102,26 @@ class Ready:
                     DitoptWarning,
                     stacklevel=5,
                 )
-            self._rules[self._steps] = made
-        return self._rules[self._steps]
+            self._rules[self.steps] = made
+        return self._rules[self.steps]
+
+    def variant(self, wanted: Mapping[str, str]) -> StepGraph:
+        """The step graph for these choices: one made of them where there is, or can be, one; else ``policy.fit``."""
+        found = fit(wanted, self._variants)
+        if self.plan.more is not None and dict(found.choices) != dict(wanted):
+            made = self.plan.more(wanted)
+            if made not in self._variants:
+                self._variants.append(made)
+            return made
+        return found
 
     def warn_late(self, step: int) -> None:
         """A DitoptWarning, once, if the step lies beyond the declared ones (where schedules compute)."""
-        if self._late or self._steps is None or step < self._steps or not self.manifest.decisions:
+        if self._late or self.steps is None or step < self.steps or not self.manifest.decisions:
             return
         self._late = True
         warnings.warn(
-            f"step {step} of a request that was declared to have {self._steps} steps: it and those after it compute "
+            f"step {step} of a request that was declared to have {self.steps} steps: it and those after it compute "
             "everything; declare the true number of steps",
             DitoptWarning,
             stacklevel=5,
@@ -115,13 +143,13 @@ class Ready:
             return torch.zeros(type_.shape, dtype=type_.dtype, device=device)
         return torch.empty_strided(type_.shape, type_.stride, dtype=type_.dtype, device=device).zero_()
 
-    def control(self, name: str, weights: Sequence[float], device: torch.device) -> Tensor:
-        """The float32 control tensor of some weights. They repeat from request to request, so they are kept."""
-        key = (name, tuple(weights), device)
+    def control(self, name: str, numbers: Sequence[float], device: torch.device) -> Tensor:
+        """A control tensor. Its numbers repeat from request to request, so it is kept."""
+        key = (name, tuple(numbers), device)
         if key not in self._control:
             if len(self._control) >= 4096:
                 self._control.clear()
-            self._control[key] = torch.tensor(list(weights), dtype=torch.float32).to(device)
+            self._control[key] = torch.tensor(list(numbers), dtype=self._controls[name].dtype).to(device)
         return self._control[key]
 
 

@@ -1,4 +1,4 @@
-"""When to compute, when to predict, and with which coefficients: pure arithmetic on Python floats.
+"""When to compute, when to predict, and with which coefficients: pure arithmetic on Python numbers.
 
 The same functions serve the Session (one step at a time, from what really ran) and ``table`` (a dry run of a whole
 request, for reports and for the ONNX manifest), so that the printed schedule is the executed one.
@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ditopt.artifact import StepGraph
 from ditopt.errors import DitoptWarning, SessionError
 from ditopt.ir.program import Decision, Interval, Predictor
+from ditopt.runtime.predict import weights
 
-COMPUTE, REUSE = "compute", "reuse"
-
-_FLOAT32_MAX = 3.4028234663852886e38
+COMPUTE, REUSE, BYPASS = "compute", "reuse", "bypass"
+"""Choices of a decision: compute and keep, predict, or compute and keep nothing, because no later step will read it."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,25 @@ class Schedule:
     def __call__(self, step: int) -> bool:
         if self.interval.mask:
             return step >= len(self.interval.mask) or self.interval.mask[step] == "1"
-        warm = max(self.interval.first, 1)  # nothing is cached before the first step
-        if step < warm or (step - warm + 1) % self.interval.every == 0:
+        if self.idle(step):
+            return True
+        # nothing is cached before the first step
+        warm = max(self.interval.first, int(self.window[0]) + 1)
+        if step < warm or (self.interval.every and (step - warm + 1) % self.interval.every == 0):
             return True
         return self.steps is not None and step >= self.steps - self.interval.last
+
+    def idle(self, step: int) -> bool:
+        """Whether ``step`` lies outside the window, where values are computed and not kept."""
+        low, high = self.window
+        return step < low or step >= high
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """The first step of the window, and the one behind its last."""
+        if self.steps is None or (self.interval.since, self.interval.until) == (0.0, 1.0):
+            return 0, math.inf
+        return math.ceil(self.interval.since * self.steps), math.ceil(self.interval.until * self.steps)
 
     def first_reuse(self) -> int | None:
         """The first step that does not compute; None where every step computes."""
@@ -60,9 +76,14 @@ def schedule(interval: Interval, steps: int | None, name: str = "cache") -> Sche
                 f"run {len(interval.mask)} steps, or optimize again with a mask of {steps} entries or with an interval"
             )
         return Schedule(interval, len(interval.mask))
-    if interval.every < 1 or interval.first < 0 or interval.last < 0:
-        raise SessionError(f"decision {name!r}: {interval} given; every must be at least 1, first and last at least 0")
-    if interval.last and steps is None and interval.every > 1:
+    if interval.every < 0 or interval.first < 0 or interval.last < 0:
+        raise SessionError(f"decision {name!r}: {interval} given; every, first and last must be at least 0")
+    if steps is None and (interval.since, interval.until) != (0.0, 1.0):
+        raise SessionError(
+            f"decision {name!r} holds within a part of the request ({interval.since:g} to {interval.until:g}), and the "
+            "number of steps is unknown; pass steps= to optimize or open a session with steps="
+        )
+    if interval.last and steps is None and interval.every != 1:
         warnings.warn(
             f"decision {name!r} asks that the last {interval.last} steps compute, but the number of steps is unknown, "
             "so they follow the interval; pass steps= to optimize or open a session with steps=",
@@ -70,70 +91,6 @@ def schedule(interval: Interval, steps: int | None, name: str = "cache") -> Sche
             stacklevel=2,
         )
     return Schedule(interval, steps)
-
-
-def weights(predictor: Predictor, anchors: Sequence[float], at: float, name: str = "cache") -> list[float]:
-    """Coefficients w, newest first, length order + 1, of the prediction ``sum(w[i] * value[i])`` at position ``at``.
-
-    ``anchors`` are the positions (step index or timestep, by ``predictor.time``) of the values, newest first, at least
-    one. With fewer than order + 1 distinct positions the order falls and the rest is 0. ``name`` is the decision that
-    an error names: SessionError where a position or a coefficient is not a finite float32.
-
-    hold        the newest value.
-    taylor      TaylorSeer as published: G0 = value, G(i+1) = (Gi at this anchor - Gi at the one before) / d, all orders
-                formed at an anchor dividing by the same newest d; prediction sum Gi k^i / i!, k the distance from the
-                newest anchor. Exact for affine features only.
-    newton, lagrange   the polynomial through the values.
-    """
-    size = predictor.order + 1
-    if not anchors:
-        raise SessionError(f"decision {name!r}: nothing was computed yet, so nothing can be predicted")
-    given = [float(a) for a in anchors[:size]]
-    if not all(math.isfinite(x) for x in [*given, at]):
-        raise SessionError(f"decision {name!r}: positions {given} and {at} given; they must be finite")
-    # A repeated position (Heun evaluates a time twice) carries no slope: its newest value stands for it.
-    kept = [i for i, a in enumerate(given) if a not in given[:i]]
-    positions = [given[i] for i in kept]
-    if predictor.basis == "hold":
-        coefficients = [1.0]
-    elif predictor.basis == "taylor":
-        coefficients = _taylor(positions, at)
-    elif predictor.basis in ("newton", "lagrange"):
-        coefficients = _polynomial(positions, at)
-    else:
-        raise SessionError(
-            f"decision {name!r}: basis {predictor.basis!r} given; hold, taylor, newton or lagrange expected"
-        )
-    result = [0.0] * size
-    for i, c in zip(kept, coefficients, strict=False):  # hold has one coefficient for any number of anchors
-        result[i] = c
-    if not all(abs(w) <= _FLOAT32_MAX for w in result):  # NaN compares false
-        raise SessionError(
-            f"decision {name!r}: predicting {at} from {given} gives the coefficients {result}; they must be finite"
-        )
-    return result
-
-
-def _taylor(positions: Sequence[float], at: float) -> list[float]:
-    n = len(positions)
-    # factor[j] = the current Gi at anchor j as a combination of the values
-    factor = [[float(i == j) for i in range(n)] for j in range(n)]
-    total, term, distance = list(factor[0]), 1.0, at - positions[0]
-    for i in range(1, n):
-        factor = [
-            [(a - b) / (positions[j] - positions[j + 1]) for a, b in zip(factor[j], factor[j + 1], strict=True)]
-            for j in range(n - i)
-        ]
-        term *= distance / i
-        total = [t + term * f for t, f in zip(total, factor[0], strict=True)]
-    return total
-
-
-def _polynomial(positions: Sequence[float], at: float) -> list[float]:
-    return [
-        math.prod((at - other) / (own - other) for j, other in enumerate(positions) if j != i)
-        for i, own in enumerate(positions)
-    ]
 
 
 @dataclass(frozen=True)
@@ -145,35 +102,48 @@ class Anchor:
 
 
 def choose(rule: Schedule, anchors: Sequence[Anchor], step: int) -> str:
-    """ "compute" or "reuse" at ``step``, given the computed steps of this branch, newest first.
+    """ "compute", "reuse" or "bypass" at ``step``, given the computed steps of this branch, newest first.
 
     A branch without a value computes. So does one that was not called at a step when it should have computed
     (guidance intervals): its value is older than the schedule allows.
     """
+    if rule.idle(step):
+        return BYPASS
     if not anchors:
         return COMPUTE
     since = range(min(anchors[0].step + 1, step), step + 1)
     return COMPUTE if any(rule(s) for s in since) else REUSE
 
 
-def coefficients(decision: Decision, anchors: Sequence[Anchor], now: Anchor) -> list[float]:
-    """The predictor's weights for ``decision`` at ``now``; see ``weights``."""
-    predictor = decision.predictor
+def coefficients(
+    decision: Decision,
+    predictor: Predictor,
+    anchors: Sequence[Anchor],
+    now: Anchor,
+    steps: int | None = None,
+    gram: Sequence[Sequence[float]] = (),
+) -> list[float]:
+    """The weights of ``predictor`` (that of ``decision``, or of its rule) at ``now``; see predict.weights."""
     used = list(anchors)
-    if predictor.basis == "taylor" and not decision.schedule.mask:
+    if predictor.basis in ("taylor", "hermite") and not decision.schedule.mask and decision.rule is None:
         # TaylorSeer forms differences only from step first - 1 on: values older than first - 2 never enter one.
+        # Where a rule decides (DBCache, CG-Taylor), every computed step counts.
         oldest = decision.schedule.first - 2
         used = [a for i, a in enumerate(anchors) if i == 0 or a.step >= oldest]
+    progress = None if steps is None else min(now.step / max(steps - 1, 1), 1.0)
     if predictor.time == "step":
-        return weights(predictor, [a.step for a in used], now.step, decision.name)
+        return weights(predictor, [a.step for a in used], now.step, decision.name, progress, gram)
     missing = float("nan")  # weights() refuses it in the decision's name
     times = [missing if a.time is None else a.time for a in used]
-    return weights(predictor, times, missing if now.time is None else now.time, decision.name)
+    return weights(predictor, times, missing if now.time is None else now.time, decision.name, progress, gram)
 
 
 def fit(wanted: Mapping[str, str], graphs: Sequence[StepGraph]) -> StepGraph:
     """The graph to run for ``wanted``: the one with exactly these choices, else the cheapest one that computes more
-    and never less (``graphs[0]`` computes everything)."""
+    and never less (``graphs[0]`` computes, and keeps, everything)."""
+    for graph in graphs:
+        if dict(graph.choices) == dict(wanted):
+            return graph
     reuse = {name for name, choice in wanted.items() if choice == REUSE}
     allowed = [(g, {n for n, c in g.choices.items() if c == REUSE}) for g in graphs]
     allowed = [(g, r) for g, r in allowed if r <= reuse]
@@ -187,8 +157,8 @@ def fit(wanted: Mapping[str, str], graphs: Sequence[StepGraph]) -> StepGraph:
 
 @dataclass(frozen=True)
 class TableRow:
-    """One step of a dry run: decision name -> "compute" | "reuse", decision name -> coefficients (order + 1 of them,
-    newest first; zeros where the step computes)."""
+    """One step of a dry run: decision name -> "compute" | "reuse" | "bypass", decision name -> coefficients
+    (``predictor.size`` of them; zeros where the step computes)."""
 
     step: int
     choices: Mapping[str, str]
@@ -208,6 +178,9 @@ def table(
     """
     if times is not None and len(times) != steps:
         raise SessionError(f"{len(times)} times given for {steps} steps; give one time a step")
+    measured = [d.name for d in decisions if d.rule is not None or d.gram]
+    if measured:
+        raise SessionError(f"{', '.join(measured)}: what it does depends on what a request measures; run one")
     for d in decisions:
         if times is None and d.predictor.time == "timestep" and d.predictor.basis != "hold":
             raise SessionError(
@@ -224,9 +197,46 @@ def table(
         row: dict[str, list[float]] = {}
         for d in decisions:
             if choices[d.name] == REUSE:
-                row[d.name] = coefficients(d, anchors[d.name], now)
+                row[d.name] = coefficients(d, d.predictor, anchors[d.name], now, steps)
             else:
-                row[d.name] = [0.0] * (d.predictor.order + 1)
-                anchors[d.name] = [now, *anchors[d.name]][: d.predictor.order + 1]
+                row[d.name] = [0.0] * d.predictor.size
+            if choices[d.name] == COMPUTE:
+                anchors[d.name] = [now, *anchors[d.name]][: d.depth]
         rows.append(TableRow(step, choices, row))
     return rows
+
+
+def distinct(decisions: Sequence[Decision], steps: int) -> list[Mapping[str, str]]:
+    """The combinations of choices that a request of ``steps`` steps takes, the most frequent first."""
+    columns = [_choices(schedule(d.schedule, steps, d.name), steps) for d in decisions]
+    rows = Counter(zip(*columns, strict=True))
+    return [dict(zip([d.name for d in decisions], row, strict=True)) for row, _ in rows.most_common()]
+
+
+def _choices(rule: Schedule, steps: int) -> list[str]:
+    """What a branch that is called at every step does."""
+    anchors: list[Anchor] = []
+    out = []
+    for step in range(steps):
+        out.append(choose(rule, anchors, step))
+        if out[-1] == COMPUTE:
+            anchors = [Anchor(step)]
+    return out
+
+
+def needed(decision: Decision, rule: Schedule, step: int) -> int | None:
+    """How many of the newest computed values a later step may still read, after ``step``; None where that depends on
+    what the request measures, or on how long it is.
+
+    Of the values held now, each step that has to compute pushes one out before the next step that reuses. A step that
+    computes though it need not (a new branch, no graph for what it wants) only pushes out more.
+    """
+    if decision.rule is not None or decision.gram or decision.predictor.window or rule.steps is None:
+        return None
+    most = decision.predictor.anchors
+    for pushed, later in enumerate(range(step + 1, rule.steps)):
+        if pushed >= most:
+            break
+        if not rule(later):
+            return most - pushed
+    return 0

@@ -1,7 +1,8 @@
 """Session: runs the step graphs of a Plan over requests, keeping the state of each guidance branch.
 
-What a call does: the clock places it (request, step, branch), the policy decides per decision, the variant that fits
-runs, and the slots take their new values. Nothing of it stays if the call fails.
+What a call does: the clock places it (request, step, branch), the probe measures where something is decided by what
+it measures, the policy decides per decision, the variant that fits runs, and the slots take their new values. Nothing
+of it stays if the call fails.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from ditopt.errors import StaleWeights
 from ditopt.ir.program import Formal
 from ditopt.runtime.account import Ledger, Patience, Row, Stats
 from ditopt.runtime.ahead import clock_bits
+from ditopt.runtime.choice import Choice, Memory, choose_step, forecasts, still_used
 from ditopt.runtime.clock import BRANCHES, Clock, Kind, Tick
 from ditopt.runtime.hoisted import hoisted
 from ditopt.runtime.plan import Ready
-from ditopt.runtime.policy import REUSE, Anchor, choose, coefficients, fit
+from ditopt.runtime.policy import REUSE, Anchor
 from ditopt.runtime.same import own, storages
 
 Event = Callable[[str, Mapping[str, Any]], None]
@@ -33,13 +35,13 @@ Event = Callable[[str, Mapping[str, Any]], None]
 
 @dataclass(frozen=True)
 class Branch:
-    """One guidance branch of one plan in the running request: slots by name (absent: still zeros), and by decision
-    when the slots' values were computed, newest first."""
+    """One guidance branch of one plan in the running request: slots by name (absent: still zeros), and what its
+    decisions remember."""
 
     number: int
     last: int = -1
     slots: Mapping[str, Tensor] = field(default_factory=dict)
-    anchors: Mapping[str, tuple[Anchor, ...]] = field(default_factory=dict)
+    memory: Memory = field(default_factory=Memory)
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,8 @@ class _Done:
     branch: Branch | None
     lasting: dict[str, Tensor]
     row: Row
-    wanted: Mapping[str, str]
-    graph: StepGraph
-    filled: Sequence[StepGraph]
+    choice: Choice
+    ran: Sequence[StepGraph]
 
 
 class Session:
@@ -71,11 +72,20 @@ class Session:
         self._ledger = Ledger()
         self._patience = Patience()
         self._announced: Sequence[float] | Tensor | None = None
+        self._masks: dict[str, str] = {}
 
     @property
     def schedule_rows(self) -> list[Row]:
         """The executed calls of the running or last request, in order."""
         return list(self._ledger.rows)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the memory in which slots live now, those of all guidance branches."""
+        kept = [t for b in self._branches.values() for t in b.slots.values()]
+        kept += [t for ready in self._plans.values() for t in ready.lasting.values()]
+        memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        return sum(memory.values())
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -121,6 +131,14 @@ class Session:
             del self._plans[key]
             self._branches = {k: b for k, b in self._branches.items() if k[0] != key}
             self._checked.discard(key)
+
+    def reschedule(self, masks: Mapping[str, str]) -> None:
+        """From the next request on, follow these masks (decision name -> one digit a step) in place of the schedules
+        that the model was compiled with; {} goes back to them. For searches: nothing is compiled again."""
+        self.close_request()
+        self._masks = dict(masks)
+        for ready in self._plans.values():
+            ready.reschedule(self._masks)
 
     def unwatch(self, names: Collection[str]) -> None:
         """These weights are gone for good; what was computed from them stays."""
@@ -175,7 +193,9 @@ class Session:
     def _ready(self, plan: Plan) -> Ready:
         found = self._plans.get(id(plan))  # the entry holds the plan, so its id is not another's
         if found is None:
-            found = self._plans[id(plan)] = Ready(plan)
+            found = Ready(plan)
+            found.reschedule(self._masks)
+            self._plans[id(plan)] = found
         self._plans.move_to_end(id(plan))
         if len(self._plans) > 8:
             self.forget(next(iter(self._plans.values())).plan)
@@ -202,24 +222,13 @@ class Session:
         device = ready.device(given)
         values, filled = self._memo_values(ready, given, bits, params)
 
-        rules = ready.rules(self.clock.steps)
         branch, kept = self._branch(ready, tick)
-        now = Anchor(tick.step, tick.time)
-        ready.warn_late(tick.step)
-        wanted = {
-            d.name: choose(rules[d.name], branch.anchors.get(d.name, ()), tick.step) for d in ready.manifest.decisions
-        }
-        graph = fit(wanted, ready.manifest.graphs)
-        weights: dict[str, list[float]] = {}
-        anchors = dict(branch.anchors)
-        for d in ready.manifest.decisions:
-            weights[d.weights] = [0.0] * (d.predictor.order + 1)
-            if graph.choices.get(d.name) == REUSE:
-                weights[d.weights] = coefficients(d, anchors[d.name], now)
-            else:
-                anchors[d.name] = (now, *anchors.get(d.name, ()))[: d.predictor.order + 1]
+        carried: dict[str, Tensor] = {}
+        controls: Mapping[str, Sequence[float]] = {}
 
         def argument(formal: Formal) -> Tensor:
+            if formal.kind == "carry":
+                return carried[formal.ref]
             if formal.kind == "input":
                 return given[formal.ref]
             if formal.kind == "param":
@@ -227,46 +236,58 @@ class Session:
             if formal.kind == "memo":
                 return values[formal.ref]
             if formal.kind == "control":
-                return ready.control(formal.ref, weights[formal.ref], device)
+                return ready.control(formal.ref, controls[formal.ref], device)
             return ready.slot(branch.slots, formal.ref, device)
 
+        now = Anchor(tick.step, tick.time)
+        rules = ready.rules(self.clock.steps)
+        ready.warn_late(tick.step)
+        probe = ready.manifest.probe
+        if probe is not None:
+            controls = forecasts(ready, branch.memory, now)
+            outputs = ready.plan.run[probe.name]([argument(f) for f in probe.inputs])
+            carried |= zip(ready.manifest.measured, outputs, strict=False)
+            carried |= {u.slot: outputs[u.output] for u in probe.updates}
+
+        def read(names: Sequence[str]) -> list[list[float]]:
+            self.stats.reads += 1
+            found = [carried[n] if n in carried else ready.slot(branch.slots, n, device) for n in names]
+            host = torch.cat([t.detach().double().flatten() for t in found]).cpu().tolist()
+            return [[host.pop(0) for _ in range(t.numel())] for t in found]
+
+        choice = choose_step(ready, rules, branch.memory, now, read)
+        graph, controls = choice.graph, choice.controls
         outputs = list(ready.plan.run[graph.name]([argument(f) for f in graph.inputs]))
         results = outputs[: graph.results]
         slots, lasting = self._updated(ready, graph, branch, outputs, given)
         # The caller may write into what it is given: a result that lives in a slot or a memo is copied.
         results = own(results, storages([*slots.values(), *lasting.values(), *values.values()]))
 
-        new = Branch(branch.number, tick.step, slots, anchors)
-        choices = {**dict.fromkeys(wanted, "compute"), **graph.choices}
-        return _Done(
-            results,
-            new if kept else None,
-            lasting,
-            Row(tick.step, new.number, graph.name, choices),
-            wanted,
-            graph,
-            filled,
-        )
+        memory, gone = still_used(ready, rules, choice.memory, tick.step)
+        new = Branch(branch.number, tick.step, {k: v for k, v in slots.items() if k not in gone}, memory)
+        row = Row(tick.step, new.number, graph.name, {**dict.fromkeys(choice.wanted, "compute"), **graph.choices})
+        ran = [*filled, graph, *([probe] if probe is not None else [])]
+        return _Done(results, new if kept else None, lasting, row, choice, ran)
 
     def _commit(self, ready: Ready, tick: Tick, done: _Done) -> None:
         """The call succeeded: keep its state, then count and tell."""
         ready.lasting = done.lasting
         if done.branch is not None:
             self._branches[id(ready.plan), tick.branch] = done.branch
-        stats, row, graph = self.stats, done.row, done.graph
+        stats, row = self.stats, done.row
         if self._ledger.request != tick.request:
             self._ledger = Ledger(request=tick.request)
             stats.requests += 1
             self._event("request", request=tick.request, reason=tick.opened or "it was announced")
         stats.calls += 1
         stats.steps += row.step > self._ledger.top
-        stats.graphs[graph.name] += 1
+        stats.graphs[row.graph] += 1
         stats.hits.update(n for n, c in row.choices.items() if c == REUSE)
-        stats.flops += graph.flops + sum(g.flops for g in done.filled)
-        stats.block_flops += graph.block_flops + sum(g.block_flops for g in done.filled)
+        stats.flops += sum(g.flops for g in done.ran)
+        stats.block_flops += sum(g.block_flops for g in done.ran)
         stats.full_flops += ready.manifest.full_flops
         stats.full_block_flops += ready.manifest.full_block_flops
-        self._ledger.note(row, done.wanted, ready.rules(self.clock.steps))
+        self._ledger.note(row, done.choice.wanted, ready.rules(self.clock.steps), done.choice.measured)
         self._event("step", request=tick.request, time=tick.time, **vars(row))
         if self.clock.kind == "guess":
             self._patience.note(tick.opened, REUSE in row.choices.values(), self._ledger)

@@ -26,7 +26,15 @@ import torch
 from torch import Tensor, fx
 
 from ditopt.artifact import Manifest, StepGraph, read_manifest, to_json
-from ditopt.codegen.onnx.repairs import full_masks, plain_splits, true_squeezes, widen_half_sums
+from ditopt.codegen.onnx import bfloat16
+from ditopt.codegen.onnx.repairs import (
+    full_masks,
+    plain_splits,
+    runnable_wheres,
+    true_squeezes,
+    wide_indices,
+    widen_half_sums,
+)
 from ditopt.codegen.onnx.weights import WeightStore, check_dtype
 from ditopt.errors import ArtifactError, BadInput, DitoptError, require
 
@@ -54,7 +62,8 @@ def export_graph(
     In the file, formals of kind "param" that the graph uses are initializers named by their ref; every other formal is
     an input in the order of ``graph.inputs``, named by its ref. Outputs are ``output_names`` (else ``out.<k>``), then
     ``new.<slot>``. Where two names of one graph agree the later gets its kind in front (``state.x``, ``out.x``); go by
-    position there. BadInput for bfloat16, which onnxruntime cannot run on CPU.
+    position there. bfloat16 inside becomes rounded float32; among weights, inputs and results it is BadInput, for
+    onnxruntime cannot run it on CPU.
     """
     where = f"graph {graph.name!r}"
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
@@ -74,7 +83,11 @@ def export_graph(
     ]
     for f, x in zip(graph.inputs, inputs, strict=True):
         check_dtype(x.dtype, f"{f.kind} {f.ref!r} of {where}")
-    model = _translate(module, inputs, where)
+    results: Any = module.graph.output_node().args[0]
+    for k, result in enumerate(results):
+        if "val" in result.meta:
+            check_dtype(result.meta["val"].dtype, f"result {k} of {where}")
+    model = _translate(bfloat16.widen(module, where), inputs, where)
 
     formals = dict(zip(graph.inputs, model.graph.inputs, strict=True))
     _name_values(model, graph, formals, output_names)
@@ -105,7 +118,7 @@ def export_artifact(
 ) -> Manifest:
     """Write the family of files described above beside ``path`` (``<stem>.onnx``); the manifest as it was written.
 
-    ``modules`` and ``examples`` are by ``StepGraph.name`` and cover ``graphs`` and ``memo_graphs``; see export_graph.
+    ``modules`` and ``examples`` are by ``StepGraph.name`` and cover ``Manifest.every_graph``; see export_graph.
     ``schedule`` lists for every step ``{"graph": name, "weights": {control name: [numbers]}}``: a driver without ditopt
     then needs no policy. Graphs get their ``file`` and lose their "param" formals (the file carries the weights);
     ``extra`` gets ``weights_file``, ``sha256`` (by file name) and ``schedule``. Everything is written to a temporary
@@ -130,7 +143,7 @@ def export_artifact(
     try:
         store = WeightStore(weights_file)
         memo_values = {memo.function: memo.values for memo in manifest.memos}
-        for graph in (*manifest.graphs, *manifest.memo_graphs):
+        for graph in manifest.every_graph:
             names = memo_values.get(graph.name, manifest.outputs)
             export_graph(
                 graph,
@@ -146,6 +159,7 @@ def export_artifact(
             manifest,
             graphs=tuple(_written(g, files) for g in manifest.graphs),
             memo_graphs=tuple(_written(g, files) for g in manifest.memo_graphs),
+            probe=None if manifest.probe is None else _written(manifest.probe, files),
             target="onnxruntime",
             extra={
                 **{k: v for k, v in manifest.extra.items() if k != "device"},  # the files run on any
@@ -173,7 +187,8 @@ def _written(graph: StepGraph, files: Mapping[str, str]) -> StepGraph:
 def _file_names(manifest: Manifest, stem: str) -> dict[str, str]:
     """Graph name -> file name; two graphs never share one."""
     files: dict[str, str] = {}
-    for kind, graphs in (("", manifest.graphs), ("memo.", manifest.memo_graphs)):
+    probe = (manifest.probe,) if manifest.probe is not None else ()
+    for kind, graphs in (("", (*manifest.graphs, *probe)), ("memo.", manifest.memo_graphs)):
         for graph in graphs:
             tag = kind + re.sub(r"[^A-Za-z0-9_.-]+", "_", graph.name)
             name = f"{stem}.onnx" if graph is manifest.graphs[0] else f"{stem}.{tag}.onnx"
@@ -224,7 +239,7 @@ def _translate(module: fx.GraphModule, inputs: Sequence[Tensor], where: str) -> 
     try:
         with torch.no_grad(), _quiet():
             exported = torch.export.export(module, tuple(inputs), strict=False)
-            for repair in (widen_half_sums, full_masks, true_squeezes):
+            for repair in (widen_half_sums, full_masks, true_squeezes, wide_indices):
                 repair(exported)
             # The exporter's optimizer drops additions of small numbers (1e-15 in linear attention): 0/0 at run time.
             program = torch.onnx.export(exported, (), dynamo=True, optimize=False, opset_version=opset(), verbose=False)
@@ -233,19 +248,20 @@ def _translate(module: fx.GraphModule, inputs: Sequence[Tensor], where: str) -> 
     model = program.model  # type: ignore[union-attr]
     for value, node in zip(model.graph.outputs, exported.graph.output_node().args[0], strict=True):
         expected = str(node.meta["val"].dtype)
-        if value.dtype is not None and f"torch.{value.dtype.numpy()}" != expected and expected != "torch.bfloat16":
+        if value.dtype is not None and f"torch.{value.dtype.numpy()}" != expected:
             raise DitoptError(
                 f"output {value.name!r} of {where} came out of torch.onnx as {value.dtype}, not {expected}"
             )
     for value in _values(model):
         value.metadata_props.clear()
-        if value.dtype is not None and value.dtype.name == "BFLOAT16":
+        if value.dtype is not None and value.dtype.name == "BFLOAT16" and not bfloat16.between_casts(value):
             check_dtype(torch.bfloat16, f"a value inside {where}")
     for node in model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces: long, and paths of the machine that exported
         node.doc_string = None
     model.graph.metadata_props.clear()
     plain_splits(model)
+    runnable_wheres(model)
     importlib.import_module("onnx_ir.passes.common").RemoveUnusedNodesPass()(model)
     return model
 

@@ -13,13 +13,18 @@ from ditopt.capture.aside import quiet
 from ditopt.capture.check import check
 from ditopt.capture.flat import Flat, Packing, shared_copy
 from ditopt.capture.graph import Untraceable
-from ditopt.capture.guard import EveryStep, Guard, split
+from ditopt.capture.guard import Decided, Guard, split
 from ditopt.capture.job import Captured, Job, first_line, refuse_packing
+from ditopt.capture.outside import Outside
 from ditopt.capture.replay import Lost, Recorder, Replayer
 from ditopt.capture.spec import CallSpec
 from ditopt.capture.tracer import record
 from ditopt.errors import CaptureError
 from ditopt.ir.program import Program, Role
+
+
+class _Unseen(Untraceable):
+    """A run was seen to look at no value."""
 
 
 def capture(
@@ -36,10 +41,11 @@ def capture(
     Program instead of inputs (a graph from Dynamo takes its weights as arguments). A copy is traced that shares the
     weights; the model itself is not touched.
 
-    Three ways are tried: torch.export; the same with the values that Python looks at replayed as constants, under a
-    guard (``replay``); a record of a real run, with the same guard (``tracer``). The notes say why each step down was
-    taken. Raises CaptureError when the model cannot be captured (with the model's own line) or when the graph does not
-    compute what the model computes on a derived input.
+    Four ways are tried: torch.export; the same with the values that Python looks at replayed as constants, under a
+    guard (``replay``); that with the modules that look at the latent as operators (``outside``); a record of a real
+    run, with the same guard (``tracer``). The notes say why each step down was taken. Raises CaptureError when the
+    model cannot be captured (with the model's own line) or when the graph does not compute what the model computes on a
+    derived input.
     """
     job = Job(model, spec, tensors, roles or {}, weights)
     captured = _plain(job) if job.fake else _stepwise(job)
@@ -56,27 +62,17 @@ def _stepwise(job: Job) -> Captured:
     except Untraceable as error:
         stopped = error
     why = [f"torch.export alone: {stopped}"]
-    recorder = Recorder()
     try:
-        with quiet(), torch.no_grad():
-            Flat(shared_copy(job.model), job.spec, lambda: recorder)(*job.tensors)
-    except Exception as error:
-        raise CaptureError(_fails(job.name, error)) from error
-    last = stopped
-    if recorder.reads:
-        try:
-            return _replayed(job, recorder, why)
-        except EveryStep:
-            raise
-        except Untraceable as error:
-            last = stopped if isinstance(error.__cause__, Lost) else error
-            said = str(error.__cause__) if isinstance(error.__cause__, Lost) else str(error)
-            why.append(f"torch.export with values as constants: {said}")
-    else:
-        why.append("torch.export with values as constants: no function of torch hands Python one outside of tracing")
+        return _watched(job, why)
+    except Decided:
+        raise
+    except Untraceable as error:
+        lost = isinstance(error.__cause__, Lost)
+        last = stopped if lost or isinstance(error, _Unseen) else error
+        why.append(f"torch.export with values as constants: {error.__cause__ if lost else error}")
     try:
         return _recorded(job, why)
-    except EveryStep:
+    except Decided:
         raise
     except Untraceable as error:
         raise last from error
@@ -89,14 +85,52 @@ def _plain(job: Job) -> Captured:
     return _captured(job, program, flat.packing, ["captured by torch.export"], lowered)
 
 
-def _replayed(job: Job, recorder: Recorder, why: Sequence[str]) -> Captured:
-    """By torch.export with the values that Python looks at as constants. ``why``: not without."""
+def _watched(job: Job, why: Sequence[str]) -> Captured:
+    """By torch.export with what a run was seen to look at: values as constants, and the modules that look at the latent
+    as operators. ``why``: not without."""
+    outside = Outside({})
+    while True:
+        twin = shared_copy(job.model)
+        recorder = Recorder(twin)
+        outside.observe(twin, recorder)
+        try:
+            with quiet(), torch.no_grad():
+                Flat(twin, job.spec, lambda noted=recorder: noted)(*job.tensors)  # type: ignore[misc]
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise CaptureError(_fails(job.name, error)) from error
+        if not recorder.reads and not outside.paths:
+            raise _Unseen("no function of torch hands Python one outside of tracing")
+        try:
+            return _replayed(job, recorder, outside, why)
+        except Decided as error:
+            if outside.paths or any(not r.module for r in error.reads):
+                raise  # the model itself looks: nothing would be left for a graph
+            outside = Outside({r.module: r.line for r in error.reads})
+
+
+def _replayed(job: Job, recorder: Recorder, outside: Outside, why: Sequence[str]) -> Captured:
+    """By torch.export with the values that Python looks at as constants, and with the modules ``outside`` as operators.
+    ``why``: not without."""
     replayer = Replayer(recorder.reads)
-    flat = Flat(shared_copy(job.model), job.spec, lambda: replayer, lambda: replayer.observed)
+    twin = shared_copy(job.model)
+    outside.place(twin)
+    flat = Flat(twin, job.spec, lambda: replayer, lambda: replayer.observed)
     program, lowered = job.export(flat, lambda: len(replayer.seen))
     program, guard = split(job.name, program, replayer.seen)
-    said = f"captured by torch.export with {len(replayer.seen)} values that Python reads as constants"
-    return _captured(job, program, flat.packing, [*why, said, _guarded(guard)], lowered, guard)
+    ways = [f"{_values(len(replayer.seen))} that Python reads as constants"] if replayer.seen else []
+    ways += [f"{len(outside.paths)} modules that stay Python"] if outside.paths else []
+    notes = [*why, f"captured by torch.export with {' and '.join(ways)}"]
+    if outside.paths:
+        notes.append(
+            f"{', '.join(sorted(outside.paths))} stay Python, one operator each, because what Python looks at there "
+            f"depends on the latent or the timestep:{', '.join(dict.fromkeys(outside.paths.values()))}; such a model "
+            "runs in this process, and cannot be written to a file or as ONNX"
+        )
+    if replayer.seen:
+        notes.append(_guarded(guard))
+    return _captured(job, program, flat.packing, notes, lowered, guard)
 
 
 def _recorded(job: Job, why: Sequence[str]) -> Captured:
@@ -107,7 +141,8 @@ def _recorded(job: Job, why: Sequence[str]) -> Captured:
         raise Untraceable(f"{job.name} cannot be recorded{where.of_error(error)}: {first_line(error)}") from error
     refuse_packing(job.name, run.packing)
     program, guard = split(job.name, job.program(job.exported(run), len(run.reads)), run.reads)
-    said = f"captured by recording a run at the dispatcher, with {len(run.reads)} values that Python reads as constants"
+    read = f"{_values(len(run.reads))} that Python reads as constants"
+    said = f"captured by recording a run at the dispatcher, with {read}"
     notes = [*why, said, *([_guarded(guard)] if run.reads else [])]
     return _captured(job, program, run.packing, notes, 0, guard)
 
@@ -117,9 +152,13 @@ def _guarded(guard: Guard | None) -> str:
         return "the values are the same in every call, so nothing is guarded"
     lines = ", ".join(dict.fromkeys(r.line.removeprefix(" at ") for r in guard.reads))
     return (
-        f"guarded: {len(guard.reads)} values that depend on {', '.join(guard.inputs) or 'weights'}, read at {lines}; "
-        "where they differ the model is captured again"
+        f"guarded: {_values(len(guard.reads))}, from {', '.join(guard.inputs) or 'weights'}, read at {lines}; "
+        "where another is read the model is captured again"
     )
+
+
+def _values(count: int) -> str:
+    return f"{count} value{'s' * (count != 1)}"
 
 
 def _captured(
@@ -127,7 +166,12 @@ def _captured(
 ) -> Captured:
     if lowered:
         notes.append(f"{lowered} flex_attention calls written out as the attention that PyTorch runs uncompiled")
-    return Captured(program, job.spec, packing.pack, packing.structure, tuple(notes), guard)
+    if packing.written:
+        notes.append(f"writes {len(packing.written)} tensors into its arguments, {packing.written[0]} and so on")
+    put = packing.put if packing.writes else None
+    return Captured(
+        program, job.spec, packing.pack, packing.structure, tuple(notes), guard, put, tuple(packing.written)
+    )
 
 
 def _fails(name: str, error: Exception) -> str:

@@ -50,7 +50,7 @@ def to_program(
     outputs = exported.graph.output_node().args[0]
     for item, node in zip(exported.graph_signature.output_specs, outputs, strict=True):
         if item.kind is not OutputKind.USER_OUTPUT:
-            raise CaptureError(_mutation(model, item, spec))
+            raise CaptureError(_mutation(model, item, spec, node))
         results.append(values[node])
     graph.output(tuple(results))
     free = [(n, t) for n, t in zip(spec.names, tensors, strict=True) if n not in weights]
@@ -130,14 +130,14 @@ def line_of(node: fx.Node) -> str:
     return where.of_trace(node.meta.get("stack_trace") or "")
 
 
-def _mutation(model: nn.Module, item: Any, spec: CallSpec) -> str:
+def _mutation(model: nn.Module, item: Any, spec: CallSpec, node: fx.Node) -> str:
     """The sentence for a result of the graph that is a side effect of forward."""
     target = str(item.target)
     if item.kind is OutputKind.USER_INPUT_MUTATION:
         name = spec.names[int(target.rpartition("_")[2])]  # arguments of Flat: tensors_0, tensors_1, ...
         return (
-            f"{type(model).__name__} changes its input {name} in place during forward; a graph leaves its inputs "
-            "alone. Write the result to a new tensor, or clone the input first."
+            f"{type(model).__name__} changes its input {name} in place during forward{line_of(node)}; a graph leaves "
+            "its inputs alone. Write the result to a new tensor, or clone the input first."
         )
     return (
         f"{type(model).__name__} changes {target.removeprefix('model.')} during forward ({item.kind.name.lower()}); "

@@ -17,7 +17,7 @@ from ditopt.capture.functional import functionalised, is_functional
 from ditopt.capture.graph import Untraceable, refuse_symbols, to_program
 from ditopt.capture.guard import Guard
 from ditopt.capture.spec import CallSpec
-from ditopt.errors import CaptureError
+from ditopt.errors import BadInput, CaptureError
 from ditopt.ir.program import Program, Role
 
 
@@ -25,7 +25,9 @@ from ditopt.ir.program import Program, Role
 class Captured:
     """A captured signature: the Program, how calls map to it, how its outputs are packed, and what capture did.
 
-    ``guard``: what must hold of the inputs beyond their signature, where anything must.
+    ``guard``: what must hold of the inputs beyond their signature, where anything must. ``put(results, arguments)``
+    writes into the arguments of a call what the model writes into them (a cache of keys and values); None where it
+    writes nothing. ``written``: dotted names of the tensors among that, which are results after those of the output.
     """
 
     program: Program
@@ -34,6 +36,16 @@ class Captured:
     structure: str | tuple[str, ...]
     notes: tuple[str, ...] = ()
     guard: Guard | None = None
+    put: Callable[[Sequence[Tensor], Any], None] | None = None
+    written: tuple[str, ...] = ()
+
+    def refuse_writes(self, action: str) -> None:
+        """BadInput where the model writes tensors into its arguments, which a file cannot. ``action``: "exported"."""
+        if self.written:
+            raise BadInput(
+                f"this call cannot be {action}: it writes {self.written[0]} into its arguments, and a file has nothing "
+                "to write it into; give example_inputs of a call that only reads them"
+            )
 
 
 @dataclass(frozen=True)
@@ -96,6 +108,11 @@ def refuse_packing(name: str, packing: Packing) -> None:
         raise CaptureError(
             f"{name} returns a {packing.opaque[0]}, in which ditopt does not look for tensors; return tensors, or "
             "tuples, lists, dicts and dataclasses of them"
+        )
+    if packing.removed:
+        raise CaptureError(
+            f"{name} takes {packing.removed[0]} out of its arguments during forward; a graph can put something into "
+            "them, and take nothing away. Set it to None instead."
         )
 
 

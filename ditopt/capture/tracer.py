@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ditopt._torch import depends_on_values, pytree
+from ditopt._torch import TorchDispatchMode, depends_on_values, pytree
 from ditopt.capture import where
 from ditopt.capture.aside import forgetful, quiet
 from ditopt.capture.flat import Flat, shared_copy

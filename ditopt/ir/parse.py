@@ -115,8 +115,9 @@ class _Parser:
             return tuple(self._field(e, inner[0]) for e in self._list(node))
         if hint is TensorType:
             return self._type(node)
-        if hint in RECORDS:
-            return self._record(node, hint)
+        record = next((h for h in (hint, *inner) if h in RECORDS), None) if origin is not Literal else None
+        if record is not None and not (isinstance(node, ast.Constant) and node.value is None):
+            return self._record(node, record)
         value = self._value(node, {})
         allowed = inner if origin in (typing.Union, types.UnionType) else (hint,)
         for one in allowed:

@@ -28,7 +28,7 @@ Role = Literal["latent", "timestep", "prompt", "shape"]
 """What an input of the model is to the loop: changes every step by the sampler; the time of the step; fixed for a
 request (text embeddings, pooled embeddings, class labels, guidance); fixed for a shape (position ids, masks)."""
 
-FormalKind = Literal["input", "param", "state", "memo", "control", "formal"]
+FormalKind = Literal["input", "param", "state", "memo", "control", "formal", "carry"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class Formal:
     param     name of a weight or constant (``Program.params``)
     state     name of a StateSlot
     memo      name of a memo value (``"<memo>.<k>"``)
-    control   a small tensor the host provides each step (``"<decision>.weights"``, float32, shape (order + 1,))
+    control   a small tensor the host provides each step (``Decision.controls``)
     formal    a parameter of a shared block body; ref is the placeholder's name
+    carry     in step graphs only: a value that the probe of the same step computed (codegen/probe.py)
     """
 
     kind: FormalKind
@@ -106,38 +107,97 @@ class Memo:
 
 @dataclass(frozen=True)
 class Interval:
-    """Static schedule: steps 0..first-1 compute, then one step in ``every``, and the ``last`` steps of the request.
+    """Steps that compute: 0..first-1, then one in ``every`` (0: none), and the ``last`` ones of the request.
 
     After the warm-up the counter starts at the last warm-up step: first=3, every=6 computes 0,1,2,8,14,20,...
     ``mask`` (text of 1 = compute and 0 = reuse, one a step) replaces the formula and fixes the number of steps.
+    ``since``, ``until``: the part of the request, 0 to 1, within which the formula holds; outside of it every step
+    computes. A window that begins later starts with a computed step.
     """
 
     every: int = 1
     first: int = 1
     last: int = 0
     mask: str = ""
+    since: float = 0.0
+    until: float = 1.0
+
+
+Basis = Literal["hold", "taylor", "newton", "lagrange", "hermite", "ab2", "ramp", "foca", "dmd"]
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """How a skipped value is predicted from those of earlier computed steps: a linear combination of them.
+    """How a skipped value is predicted: as a linear combination of earlier ones (runtime/predict.py has the formulas).
 
     ``basis``: "hold" (newest value), "taylor" (TaylorSeer's finite differences), "newton" / "lagrange" (the polynomial
-    through the last order + 1 values). ``time``: measure distance in "step" index or in "timestep".
+    through the last order + 1 values), "hermite" (HiCache), "ab2" (Adams-Bashforth), "ramp" (FasterCache), "foca"
+    (FoCa), "dmd" (dynamic mode decomposition). ``order`` is that of the first five. ``time``: measure distance in
+    "step" index or in "timestep".
     """
 
-    basis: Literal["hold", "taylor", "newton", "lagrange"] = "hold"
+    basis: Basis = "hold"
     order: int = 0
     time: Literal["step", "timestep"] = "step"
+
+    @property
+    def anchors(self) -> int:
+        """How many computed values it reads."""
+        return {"ab2": 3, "ramp": 2, "foca": 2, "dmd": 6}.get(self.basis, self.order + 1)
+
+    @property
+    def window(self) -> int:
+        """How many of the values before this step it reads besides, computed or predicted."""
+        return 2 if self.basis == "foca" else 0
+
+    @property
+    def size(self) -> int:
+        """Number of coefficients: anchors, newest first, then the window, newest first."""
+        return self.anchors + self.window
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When the host lets a step reuse: by a number that the loop measures, read once a step.
+
+    ``signal``: state slot with what is read, float32 (1,). Where ``lag`` is False it is measured by the step itself,
+    before the decision; else it is what an earlier step left. ``test``: "below" (reuse while it is below ``limit``),
+    "sum" (add it up since the last computed step, reuse while the sum is below ``limit``), "book" (after a computed
+    step ``book`` says how many steps later the next one computes: pairs of an upper bound and steps, the last bound
+    inf; it is asked with the number divided by the distance between the two newest computed steps). ``polynomial``:
+    coefficients, highest degree first, applied to what was read, after clamping it to ``domain`` (lowest, highest; ()
+    does not clamp); negative results count as 0.
+    ``longest``, ``most``, ``budget``: at most so many reused steps in a row, in a request, and at most so large a sum
+    of what was measured at reused steps since the last computed one; 0 is no bound.
+    ``slots``, ``weights``, ``predictor``: of the forecast that the signal is the error of, where it is one.
+    """
+
+    signal: str
+    test: Literal["below", "sum", "book"] = "below"
+    limit: float = 0.0
+    lag: bool = False
+    polynomial: tuple[float, ...] = ()
+    domain: tuple[float, ...] = ()
+    book: tuple[tuple[float, ...], ...] = ()
+    longest: int = 0
+    most: int = 0
+    budget: float = 0.0
+    slots: tuple[str, ...] = ()
+    weights: str = ""
+    predictor: Predictor = Predictor()
 
 
 @dataclass(frozen=True)
 class Decision:
     """One question a step: compute these regions, or predict them?
 
-    ``slots[k]`` are the state slots of the k-th predicted value, newest first (order + 1 of them). When a step
-    computes, slot 0 takes the new value and slot i that of slot i-1; when it predicts, nothing changes.
-    ``weights`` names the control input that carries the predictor's coefficients, newest first.
+    ``slots[k]`` are the state slots of the k-th kept value (or of a part of its encoding): ``predictor.anchors``
+    computed ones, newest first, then ``predictor.window`` ones. When a step computes, slot 0 takes the new value and
+    slot i that of slot i-1; when it predicts, only the window moves.
+    ``schedule`` is the whole answer where ``rule`` is None; else steps that it computes compute, and the rule decides
+    the others. ``weights`` names the control input that carries the predictor's coefficients, newest first; ``row`` the
+    one that carries the step's row in a table of corrections; ``gram`` the state slot (float64, (anchors, anchors))
+    with the inner products of the kept values, which "dmd" needs.
     """
 
     name: str
@@ -146,6 +206,25 @@ class Decision:
     predictor: Predictor
     slots: tuple[tuple[str, ...], ...]
     weights: str
+    rule: Rule | None = None
+    row: str = ""
+    rows: int = 0
+    gram: str = ""
+
+    @property
+    def controls(self) -> dict[str, TensorType]:
+        """The control inputs that the host fills for it, by name."""
+        found = {self.weights: TensorType(torch.float32, (self.predictor.size,))} if self.weights else {}
+        if self.rule is not None and self.rule.weights:
+            found[self.rule.weights] = TensorType(torch.float32, (self.rule.predictor.size,))
+        if self.row:
+            found[self.row] = TensorType(torch.int64, (1,))
+        return found
+
+    @property
+    def depth(self) -> int:
+        """Computed steps that have to be remembered."""
+        return max(self.predictor.anchors, self.rule.predictor.anchors if self.rule else 1)
 
 
 RegionRole = Literal["model", "embed", "stage", "head", "block", "aux", "attn", "mlp", "mod"]

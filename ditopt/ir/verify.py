@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from torch import fx
@@ -20,6 +20,7 @@ from ditopt.ir.program import (
     Decision,
     Formal,
     Function,
+    Predictor,
     Program,
     Region,
     Stream,
@@ -79,7 +80,7 @@ class _Verifier:
         self.unique("memos", [m.name for m in p.memos])
         self.unique("memos", [v for m in p.memos for v in m.values])
         self.unique("decisions", [d.name for d in p.decisions])
-        self.unique("decisions", [d.weights for d in p.decisions if d.weights])
+        self.unique("decisions", [c for d in p.decisions for c in d.controls])
         self.unique("regions", [r.id for r in p.regions])
         for name in p.functions:
             if not name.isidentifier() or name in NAMESPACES:
@@ -135,17 +136,32 @@ class _Verifier:
             if region not in self.regions:
                 self.fail(where, f"its region {region!r} does not exist")
         for k, slots in enumerate(d.slots):
-            if len(slots) != d.predictor.order + 1:
-                self.fail(
-                    where,
-                    f"slots[{k}] has {len(slots)} slots; a predictor of order {d.predictor.order} needs "
-                    f"{d.predictor.order + 1}",
-                )
-            for slot in slots:
-                if slot not in self.slots:
-                    self.fail(where, f"slots[{k}] names the state slot {slot!r}, which does not exist")
-                if self.slots[slot].type != self.slots[slots[0]].type:
-                    self.fail(where, f"slots[{k}] has slots of different types")
+            self.group(where, f"slots[{k}]", slots, d.predictor)
+        if d.gram:
+            self.number(where, "gram", d.gram, "f64", (d.predictor.anchors, d.predictor.anchors))
+        if d.rule is not None:
+            self.number(where, "rule.signal", d.rule.signal, "f32", (1,))
+            if d.rule.weights or d.rule.slots:
+                self.group(where, "rule.slots", d.rule.slots, d.rule.predictor)
+
+    def group(self, where: str, what: str, slots: Sequence[str], predictor: Predictor) -> None:
+        """``slots`` are what ``predictor`` reads of one value."""
+        if len(slots) != predictor.size:
+            self.fail(
+                where,
+                f"{what} has {len(slots)} slots; {predictor.basis} of order {predictor.order} needs {predictor.size}",
+            )
+        for slot in slots:
+            if slot not in self.slots:
+                self.fail(where, f"{what} names the state slot {slot!r}, which does not exist")
+            if self.slots[slot].type != self.slots[slots[0]].type:
+                self.fail(where, f"{what} has slots of different types")
+
+    def number(self, where: str, what: str, slot: str, dtype: str, shape: tuple[int, ...]) -> None:
+        """``slot`` holds what the host reads."""
+        if slot not in self.slots:
+            self.fail(where, f"{what} names the state slot {slot!r}, which does not exist")
+        self.agree(where, what, self.slots[slot].type, "what the host reads", TensorType(DTYPES[dtype], shape))
 
     # One function
 
@@ -335,9 +351,7 @@ class _Verifier:
             "input": {k: i.type for k, i in self.inputs.items()},
             "state": {k: s.type for k, s in self.slots.items()},
             "memo": self.values,
-            "control": {
-                d.weights: TensorType(DTYPES["f32"], (d.predictor.order + 1,)) for d in self.decisions.values()
-            },
+            "control": {name: type_ for d in self.decisions.values() for name, type_ in d.controls.items()},
         }
         for node in f.placeholders:
             what, where = formal(node), f"{f.name}, node {node.name}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ditopt._torch import is_fake
-from ditopt.ir.program import Decision, Input, Interval, Memo, Predictor, Region, StateSlot, Stream
+from ditopt.ir.program import Decision, Input, Interval, Memo, Predictor, Region, Rule, StateSlot, Stream
 
 OpOverload: Any = type(torch.ops.aten.add.Tensor)
 OpOverloadPacket: Any = type(torch.ops.aten.add)
@@ -77,6 +77,7 @@ RECORDS: dict[type, int] = {
     Stream: 1,
     Interval: 0,
     Predictor: 1,
+    Rule: 1,
 }
 """The dataclasses of a text and how many of their fields print without a name."""
 

@@ -22,7 +22,7 @@ from ditopt.ir.interpret import run_program
 from ditopt.ir.program import Program, formal
 from ditopt.ops import select
 from ditopt.pipeline import PassManager
-from ditopt.runtime.policy import weights
+from ditopt.runtime.predict import weights
 from ditopt.runtime.session import Session
 from tests.tiny_models import ZOO, captured, flat, leaves, optimized
 
@@ -214,7 +214,7 @@ def test_state_that_no_step_reads_is_not_kept():
     read = {f.ref for f in reuse.graph.inputs if f.kind == "state"}
     assert {u.slot for u in full.graph.updates} == read
     assert 0 < len(read) < len(program.state)
-    manifest, _ = build(program, "eager")
+    manifest = build(program, "eager").manifest
     assert {s.name for s in manifest.state} == read
     assert "encoder_hidden_states" not in {f.ref for f in reuse.graph.inputs}
 
@@ -354,7 +354,8 @@ def test_the_held_output_of_the_model_is_the_old_output():
 def sampled(program: Program, name: str, steps: int) -> tuple[list[Tensor], list[str], Session]:
     """The first output of each step, and the graphs that ran."""
     model, c = captured(name)
-    manifest, executables = build(program, "eager")
+    made = build(program, "eager")
+    manifest, executables = made.manifest, made.run
     plan = Plan(manifest, executables, lambda: program.params)
     session, outputs = Session(), []
     with session.open(steps=steps):

@@ -155,7 +155,7 @@ RULES = {
     ),
     "decision order": (
         lambda p: with_decision(p, predictor=Predictor("taylor", 2)),
-        "decision 'cache': slots[0] has 2 slots; a predictor of order 2 needs 3",
+        "decision 'cache': slots[0] has 2 slots; taylor of order 2 needs 3",
     ),
     "decision slot types": (
         lambda p: with_decision(

@@ -10,7 +10,8 @@ import pytest
 from ditopt.artifact import StepGraph
 from ditopt.errors import DitoptWarning, SessionError
 from ditopt.ir.program import Decision, Interval, Predictor
-from ditopt.runtime.policy import Anchor, choose, fit, schedule, table, weights
+from ditopt.runtime.policy import Anchor, choose, fit, schedule, table
+from ditopt.runtime.predict import weights
 
 
 def computed(interval, steps):
@@ -59,7 +60,7 @@ def test_mask_of_another_length():
     with pytest.raises(SessionError, match="mask"):
         schedule(Interval(mask="10x"), 3)
     with pytest.raises(SessionError, match="every"):
-        schedule(Interval(every=0), 3)
+        schedule(Interval(every=-1), 3)
 
 
 def test_last_without_a_number_of_steps_is_said():

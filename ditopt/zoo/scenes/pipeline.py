@@ -41,6 +41,17 @@ def positions(device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     return ids.to(device), torch.zeros(SLOTS, 3, device=device)
 
 
+def located(latents: Tensor) -> Tensor:
+    """Latents (N, 256, 12) with their places beside them, (N, 256, 14): row and column from -1 to 1.
+
+    The rotary positions of the denoiser tell how far apart two tokens are; where in the picture "the left" is they tell
+    only by way of the text tokens.
+    """
+    axis = torch.linspace(-1, 1, SIDE // PATCH, dtype=latents.dtype, device=latents.device)
+    places = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(1, -1, 2)
+    return torch.cat([latents, places.expand(len(latents), -1, -1)], -1)
+
+
 def text_arguments(rows: Tensor) -> dict[str, Tensor]:
     """The denoiser's text arguments from text tokens (N, SLOTS, width): the pooled vector is all of them."""
     return {"encoder_hidden_states": rows, "pooled_projections": rows.flatten(1)}
@@ -49,8 +60,8 @@ def text_arguments(rows: Tensor) -> dict[str, Tensor]:
 class CaptionToImagePipeline(DiffusionPipeline):
     """Flow matching conditioned on captions, with classifier-free guidance by two calls of the denoiser a step.
 
-    The denoiser predicts the velocity ``noise - latent`` at ``timestep = sigma``; a caption of "nothing" words
-    stands for no caption. Images come back in [0, 1].
+    The denoiser reads latents and their places (``located``) and predicts the velocity ``noise - latent`` at
+    ``timestep = sigma``; a caption of "nothing" words stands for no caption. Images come back in [0, 1].
     """
 
     def __init__(self, transformer: Any, text_encoder: Any, scheduler: Any) -> None:
@@ -88,20 +99,21 @@ class CaptionToImagePipeline(DiffusionPipeline):
         free = self.encode([None] * len(scenes)) if guidance_scale > 1 else None
         img_ids, txt_ids = positions(device)
         if latents is None:
-            shape = (len(scenes), len(img_ids), self.transformer.config.in_channels)
+            shape = (len(scenes), len(img_ids), self.transformer.config.out_channels)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
 
-        def velocity(text: dict[str, Tensor], t: Tensor) -> Tensor:
+        def velocity(rows: Tensor, text: dict[str, Tensor], t: Tensor) -> Tensor:
             timestep = (t / 1000).to(dtype).expand(len(scenes))  # the denoiser multiplies by 1000 itself
             ids = {"img_ids": img_ids, "txt_ids": txt_ids}
-            return self.transformer(latents, timestep=timestep, **text, **ids, return_dict=False)[0]
+            return self.transformer(rows, timestep=timestep, **text, **ids, return_dict=False)[0]
 
         with self.progress_bar(total=num_inference_steps) as bar:
             for i, t in enumerate(self.scheduler.timesteps):
-                step = velocity(told, t)
+                rows = located(latents)
+                step = velocity(rows, told, t)
                 if free is not None:
-                    plain = velocity(free, t)
+                    plain = velocity(rows, free, t)
                     step = plain + guidance_scale * (step - plain)
                 latents = self.scheduler.step(step, t, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:

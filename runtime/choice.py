@@ -1,0 +1,119 @@
+"""What one step does: which decisions reuse, which variant runs, and what the host hands to it.
+
+Static schedules answer first. The steps that they leave open are decided by rules, from numbers that ``read`` fetches
+from the device all at once: at most one wait a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ditopt.artifact import StepGraph
+from ditopt.errors import SessionError
+from ditopt.ir.program import Decision
+from ditopt.runtime.plan import Ready
+from ditopt.runtime.policy import COMPUTE, REUSE, Anchor, Schedule, choose, coefficients, needed
+from ditopt.runtime.rules import Course, asks, decide
+
+Read = Callable[[Sequence[str]], Sequence[Sequence[float]]]
+"""State slots or signals by name -> their content as flat lists of numbers."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one guidance branch remembers by decision: when the values in its slots were computed, newest first; the
+    course of its rule; and inner products, with the step that they are of."""
+
+    anchors: Mapping[str, tuple[Anchor, ...]] = field(default_factory=dict)
+    courses: Mapping[str, Course] = field(default_factory=dict)
+    grams: Mapping[str, tuple[int, Sequence[Sequence[float]]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``wanted``: what the decisions asked for; ``graph``: the variant that runs; ``controls``: numbers by control
+    input; ``memory``: after the step; ``measured``: the signals that were read, by decision."""
+
+    wanted: Mapping[str, str]
+    graph: StepGraph
+    controls: Mapping[str, Sequence[float]]
+    memory: Memory
+    measured: Mapping[str, float]
+
+
+def forecasts(ready: Ready, memory: Memory, now: Anchor) -> dict[str, Sequence[float]]:
+    """The control inputs that a probe reads: the coefficients of the forecasts whose error it measures."""
+    found: dict[str, Sequence[float]] = {}
+    for d in ready.decisions:
+        if d.rule is not None and d.rule.weights:
+            before = memory.anchors.get(d.name, ())
+            told = coefficients(d, d.rule.predictor, before, now, ready.steps) if before else None
+            found[d.rule.weights] = told or [0.0] * d.rule.predictor.size
+    return found
+
+
+def choose_step(ready: Ready, rules: Mapping[str, Schedule], memory: Memory, now: Anchor, read: Read) -> Choice:
+    """Decide step ``now`` of a branch with ``memory``, by the schedules ``rules`` of the decisions."""
+    decisions = ready.decisions
+    wanted = {d.name: choose(rules[d.name], memory.anchors.get(d.name, ()), now.step) for d in decisions}
+    wanted, courses, measured = _by_rules(decisions, wanted, memory.courses, read)
+    graph = ready.variant(wanted)
+
+    controls: dict[str, Sequence[float]] = {}
+    anchors, grams = dict(memory.anchors), dict(memory.grams)
+    for d in decisions:
+        before = anchors.get(d.name, ())
+        if d.row:
+            controls[d.row] = [_row(d, now.step)]
+        controls[d.weights] = [0.0] * d.predictor.size
+        if graph.choices.get(d.name) == REUSE:
+            if d.gram and grams.get(d.name, (-1, ()))[0] != before[0].step:
+                grams[d.name] = (before[0].step, _square(read([d.gram])[0]))
+            gram = grams[d.name][1] if d.gram else ()
+            controls[d.weights] = coefficients(d, d.predictor, before, now, ready.steps, gram)
+        elif graph.choices.get(d.name, COMPUTE) == COMPUTE:
+            anchors[d.name] = (now, *before)[: d.depth]
+            courses[d.name] = memory.courses.get(d.name, Course()).computed() if d.rule else Course()
+    return Choice(wanted, graph, controls, Memory(anchors, courses, grams), measured)
+
+
+def _by_rules(
+    decisions: Sequence[Decision], wanted: Mapping[str, str], courses: Mapping[str, Course], read: Read
+) -> tuple[dict[str, str], dict[str, Course], dict[str, float]]:
+    """``wanted`` with the reuses that a rule denies, the courses of rules that granted one, and what was measured."""
+    open_ = [(d, d.rule) for d in decisions if d.rule is not None and wanted[d.name] == REUSE]
+    asked = [(d, r) for d, r in open_ if asks(r, courses.get(d.name, Course()))]
+    numbers = read([r.signal for _, r in asked]) if asked else []
+    measured = {d.name: float(n[0]) for (d, _), n in zip(asked, numbers, strict=True)}
+    out, after = dict(wanted), dict(courses)
+    for d, rule in open_:
+        reuse, after[d.name] = decide(rule, courses.get(d.name, Course()), measured.get(d.name), d.name)
+        out[d.name] = REUSE if reuse else COMPUTE
+    return out, after, measured
+
+
+def _row(d: Decision, step: int) -> int:
+    if step >= d.rows:
+        raise SessionError(
+            f"decision {d.name!r}: its correction is for {d.rows} steps and this is step {step}; calibrate for more"
+        )
+    return step
+
+
+def _square(flat: Sequence[float]) -> list[list[float]]:
+    n = round(len(flat) ** 0.5)
+    return [list(flat[i * n : (i + 1) * n]) for i in range(n)]
+
+
+def still_used(ready: Ready, rules: Mapping[str, Schedule], memory: Memory, step: int) -> tuple[Memory, set[str]]:
+    """``memory`` after ``step`` without values that no later step of a static schedule reads, and the slots that held
+    them."""
+    anchors, gone = dict(memory.anchors), set[str]()
+    for d in ready.decisions:
+        kept = needed(d, rules[d.name], step)
+        if kept is None or d.name not in anchors:
+            continue
+        gone |= {slot for group in d.slots for slot in group[kept:]}
+        anchors[d.name] = anchors[d.name][:kept]
+    return Memory(anchors, memory.courses, memory.grams), gone

@@ -1,0 +1,154 @@
+"""Host decisions by rules: thresholds, sums, books, guards, and liveness of what static schedules keep."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from ditopt.errors import SessionError
+from ditopt.ir.program import Decision, Interval, Predictor, Rule
+from ditopt.runtime.policy import BYPASS, COMPUTE, REUSE, Anchor, choose, distinct, needed, schedule, table
+from ditopt.runtime.rules import Course, asks, decide, shaped
+
+
+def run(rule: Rule, signals) -> str:
+    """The mask that a rule makes of a series of signals: 1 computes."""
+    course, out = Course(), ""
+    for signal in signals:
+        reuse, course = decide(rule, course, signal if asks(rule, course) else None)
+        out += "0" if reuse else "1"
+    return out
+
+
+def test_below_reuses_while_the_signal_is_small():
+    assert run(Rule("s", "below", 0.1), [0.05, 0.1, 0.09, 0.2, 0.0]) == "01010"
+
+
+def test_a_threshold_of_zero_never_reuses():
+    assert run(Rule("s", "below", 0.0), [0.0, 0.1, 0.0]) == "111"
+    assert run(Rule("s", "sum", 0.0), [0.0, 0.1, 0.0]) == "111"
+
+
+def test_sum_adds_up_and_starts_anew_when_a_step_computes():
+    assert run(Rule("s", "sum", 0.5), [0.2, 0.2, 0.2, 0.2, 0.2, 0.2]) == "001001"
+
+
+def test_a_polynomial_is_applied_to_the_clamped_signal_and_never_negative():
+    rule = Rule("s", "sum", 1.0, polynomial=(2.0, -1.0, 0.5), domain=(0.1, 0.3))
+    assert shaped(rule, 0.2) == pytest.approx(2 * 0.04 - 0.2 + 0.5)
+    assert shaped(rule, 9.0) == pytest.approx(2 * 0.09 - 0.3 + 0.5)
+    assert shaped(Rule("s", polynomial=(1.0, -5.0)), 1.0) == 0.0
+
+
+def test_guards_bound_runs_totals_and_budgets():
+    signals = [0.05] * 8
+    assert run(Rule("s", "below", 0.1, longest=2), signals) == "00100100"
+    assert run(Rule("s", "below", 0.1, most=3), signals) == "00011111"
+    assert run(Rule("s", "below", 0.1, budget=0.12), signals) == "00100100"
+
+
+def test_a_guard_that_forbids_reuse_reads_nothing():
+    rule = Rule("s", "below", 0.1, longest=1)
+    assert asks(rule, Course())
+    assert not asks(rule, Course(run=1))
+
+
+def test_a_book_says_how_far_the_next_computed_step_is_by_the_change_per_step():
+    rule = Rule("s", "book", lag=True, book=((0.1, 3.0), (0.2, 2.0), (math.inf, 1.0)))
+    course, read = Course(), []
+    out = ""
+    for signal in (0.05, None, None, 0.45, None, 0.9):
+        if asks(rule, course):
+            read.append(signal)
+        reuse, course = decide(rule, course, signal if asks(rule, course) else None)
+        out += "0" if reuse else "1"
+    # the next computed step is 3 after this one; 0.45 / 3 = 0.15: 2 after; 0.9 / 2 = 0.45: the very next
+    assert out == "001011"
+    assert read == [0.05, 0.45, 0.9]
+
+
+def test_a_signal_that_is_no_number_is_an_error_that_names_the_decision():
+    with pytest.raises(SessionError, match=r"'early'.*NaN"):
+        decide(Rule("s", "below", 0.1), Course(), math.nan, "early")
+
+
+# -- static schedules --------------------------------------------------------------------------------------------------
+
+
+def decision(mask: str, predictor: Predictor = Predictor(), name: str = "c") -> Decision:  # noqa: B008
+    return Decision(name, ("blocks.0",), Interval(mask=mask), predictor, (), "")
+
+
+def test_needed_values_against_a_count_of_what_later_steps_read():
+    rng = random.Random(0)
+    for _ in range(60):
+        mask = "1" + "".join(rng.choice("01") for _ in range(11))
+        d = decision(mask, rng.choice([Predictor(), Predictor("taylor", 2), Predictor("ab2")]))
+        held = {s: [a for a in range(s + 1) if mask[a] == "1"][::-1] for s in range(12)}  # newest first
+        for step in range(12):
+            read = {a for s in range(step + 1, 12) if mask[s] == "0" for a in held[s][: d.predictor.anchors]}
+            want = [a for a in held[step] if a in read]
+            found = needed(d, schedule(d.schedule, 12), step)
+            assert want == held[step][:found] or (found > len(held[step]) and want == held[step])  # type: ignore[operator]
+
+
+def test_what_is_measured_or_of_unknown_length_says_nothing_of_later_readers():
+    ruled = Decision("c", (), Interval(0), Predictor(), (), "", rule=Rule("s"))
+    window = Decision("d", (), Interval(2), Predictor("foca"), (), "d.weights")
+    plain = Decision("e", (), Interval(2), Predictor(), (), "")
+    assert needed(ruled, schedule(ruled.schedule, 8), 0) is None
+    assert needed(window, schedule(window.schedule, 8), 0) is None
+    assert needed(plain, schedule(plain.schedule, None), 0) is None
+    assert needed(plain, schedule(plain.schedule, 8), 0) == 1
+
+
+def test_distinct_rows_are_those_that_a_request_takes():
+    found = distinct([decision("110100", name="a"), decision("101100", name="b")], 6)
+    assert found[0] in ({"a": "compute", "b": "compute"}, {"a": "reuse", "b": "reuse"})
+    pairs = {(row["a"], row["b"]) for row in found}
+    assert pairs == {("compute", "compute"), ("compute", "reuse"), ("reuse", "compute"), ("reuse", "reuse")}
+    assert len(found) == 4
+
+
+def test_no_cadence_means_that_only_the_ends_must_compute():
+    rule = schedule(Interval(0, 2, 1), 8)
+    assert [rule(s) for s in range(8)] == [True, True, False, False, False, False, False, True]
+
+
+# -- windows -----------------------------------------------------------------------------------------------------------
+
+
+def choices(interval: Interval, steps: int) -> str:
+    """c, r or b for each step of a dry run."""
+    d = Decision("c", (), interval, Predictor(), (), "")
+    return "".join(row.choices["c"][0] for row in table([d], steps))
+
+
+def test_outside_of_its_window_a_schedule_computes_and_keeps_nothing():
+    assert choices(Interval(2, until=0.5), 12) == "crcrcrbbbbbb"
+    assert choices(Interval(3, since=0.5), 12) == "bbbbbbcrrcrr"
+    assert choices(Interval(2, 2, since=0.25, until=0.75), 12) == "bbbcrcrcrbbb"
+
+
+def test_the_first_step_of_a_window_computes():
+    rule = schedule(Interval(2, since=0.5), 8)
+    assert choose(rule, (), 3) == BYPASS
+    assert choose(rule, (), 4) == COMPUTE
+    assert choose(rule, (Anchor(4),), 5) == REUSE
+
+
+def test_a_window_needs_the_number_of_steps():
+    with pytest.raises(SessionError, match=r"'c'.*0.5 to 1.*number of steps is unknown"):
+        schedule(Interval(2, since=0.5), None, "c")
+
+
+def test_two_windows_make_the_rows_of_both():
+    early = Decision("a", (), Interval(2, until=0.5), Predictor(), (), "")
+    late = Decision("b", (), Interval(2, since=0.5), Predictor(), (), "")
+    found = {(row["a"], row["b"]) for row in distinct([early, late], 8)}
+    assert found == {(COMPUTE, BYPASS), (REUSE, BYPASS), (BYPASS, COMPUTE), (BYPASS, REUSE)}
+    rules = {d.name: schedule(d.schedule, 8) for d in (early, late)}
+    assert [needed(early, rules["a"], s) for s in range(8)] == [1, 0, 1, 0, 0, 0, 0, 0]
+    assert [needed(late, rules["b"], s) for s in range(4, 8)] == [1, 0, 1, 0]
