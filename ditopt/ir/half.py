@@ -244,7 +244,7 @@ def _reduces(node: fx.Node) -> set[int]:
     """The dimensions of its first operand that a reduction, or an operator along a dimension, runs over."""
     args: Any = node.args
     ndim = args[0].meta["val"].ndim
-    given = args[1] if len(args) > 1 else node.kwargs.get("dim")
+    given = args[1] if len(args) > 1 else node.kwargs.get("dim", _DEFAULTS.get(node.target))
     if given is None or given == []:
         return set(range(ndim))
     return {int(d) % ndim for d in (given if isinstance(given, (list, tuple)) else [given])}
@@ -369,6 +369,9 @@ _ALONG: set[Any] = _REDUCTIONS | {
     aten.glu.default,
 }
 """Operators along the dimensions that their second argument names."""
+
+_DEFAULTS: dict[Any, int] = {aten.unbind.int: 0, aten.glu.default: -1}
+"""The dimension where none is named; without an entry all of them."""
 
 _EACH: set[Any] = {
     *_SIZES,
