@@ -287,8 +287,8 @@ class Session:
         # The caller may write into what it is given: a result that lives in a slot or a memo is copied.
         results = own(results, storages([*slots.values(), *lasting.values(), *shared.values(), *values.values()]))
         new_lead = None
-        if ready.guides and lead is None:
-            latents = [Held(t) for t in ready.by_role(given, "latent")] if ready.shared else []
+        if lead is None and any(d.guidance == "calls" for d in ready.guides):
+            latents = [Held(t) for t in ready.by_role(given, "latent")]
             new_lead = Lead(tick.step, tick.branch, self.clock.context, latents, shared)
 
         memory, gone = still_used(ready, rules, choice.memory, tick.step)

@@ -118,7 +118,7 @@ def fastercache(form: str, attention_begin: int, guidance_begin: int, interval: 
 
 
 CASES: dict[str, Callable[[str], Step]] = {
-    "cfg_cache": lambda form: cfg_cache(5, 2, 1),
+    "cfg_cache": lambda form: cfg_cache(3, 2, 1),
     "cfg_cache{interval=3,first=1,order=0}": lambda form: cfg_cache(3, 1, 0),
     "interval_guidance": lambda form: interval_guidance(2, 13),
     "fastercache": lambda form: fastercache(form, 6, 6, 5),
