@@ -244,7 +244,8 @@ def _reduces(node: fx.Node) -> set[int]:
     """The dimensions of its first operand that a reduction, or an operator along a dimension, runs over."""
     args: Any = node.args
     ndim = args[0].meta["val"].ndim
-    given = args[1] if len(args) > 1 else node.kwargs.get("dim", _DEFAULTS.get(node.target))
+    place = 2 if node.target in _NORMS else 1
+    given = args[place] if len(args) > place else node.kwargs.get("dim", _DEFAULTS.get(node.target))
     if given is None or given == []:
         return set(range(ndim))
     return {int(d) % ndim for d in (given if isinstance(given, (list, tuple)) else [given])}
@@ -328,7 +329,7 @@ def _broadcasts(node: fx.Node) -> bool:
     """Whether all operands of a node have the samples of its result, or share one value."""
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
     products = (aten.bmm.default, aten.baddbmm.default, aten.matmul.default)
-    return pointwise or is_attention(node) or node.target in (select, aten.cat.default, *products)
+    return pointwise or is_attention(node) or node.target in (select, aten.cat.default, *_PLACING, *products)
 
 
 _SIZES: dict[Any, Callable[[Any, list[int]], tuple[Any, ...]]] = {
@@ -340,6 +341,9 @@ _SIZES: dict[Any, Callable[[Any, list[int]], tuple[Any, ...]]] = {
 }
 """Operators that are told sizes -> their arguments behind the first, for a result of this shape."""
 
+_PLACING: set[Any] = {aten.copy.default, aten.slice_scatter.default, aten.select_scatter.default}
+"""Operators that put values into what is often made without them, as large as the batch."""
+
 _WEIGHTED: set[Any] = {
     aten.linear.default,
     aten.embedding.default,
@@ -348,7 +352,10 @@ _WEIGHTED: set[Any] = {
     aten.group_norm.default,
 }
 
-_REDUCTIONS: set[Any] = {
+_NORMS: set[Any] = {aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim}
+"""Reductions whose dimensions are the third argument."""
+
+_REDUCTIONS: set[Any] = _NORMS | {
     aten.mean.dim,
     aten.sum.dim_IntList,
     aten.amax.default,
@@ -368,13 +375,14 @@ _ALONG: set[Any] = _REDUCTIONS | {
     aten.unbind.int,
     aten.glu.default,
 }
-"""Operators along the dimensions that their second argument names."""
+"""Operators along the dimensions that their second (of norms the third) argument names."""
 
 _DEFAULTS: dict[Any, int] = {aten.unbind.int: 0, aten.glu.default: -1}
 """The dimension where none is named; without an entry all of them."""
 
 _EACH: set[Any] = {
     *_SIZES,
+    *_PLACING,
     select,
     operator.getitem,
     aten.clone.default,
@@ -396,8 +404,6 @@ _EACH: set[Any] = {
     aten.split.Tensor,
     aten.split_with_sizes.default,
     aten.chunk.default,
-    aten.slice_scatter.default,
-    aten.select_scatter.default,
     aten.layer_norm.default,
     aten.native_layer_norm.default,
     aten.rms_norm.default,
