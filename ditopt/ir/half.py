@@ -223,7 +223,7 @@ def _follow(program: Program, function: Function, start: Mapping[fx.Node, Dims])
             dims: Any = tuple(inside.get(r, ()) for r in body.results)
             dims = dims if any(dims) else ()
         else:
-            dims = _reduced(node, known) or through(node, known)
+            dims = _reduced(node, known) or through(node, known) or _interleaved(node, known)
         if dims:
             known[node] = dims
     return known
@@ -238,6 +238,17 @@ def _reduced(node: fx.Node, known: Known) -> Dims:
     gone = _reduces(node)
     dims: Dims = tuple(d for i, d in enumerate(known[args[0]]) if i not in gone)
     return dims if len(dims) == value.ndim else ()
+
+
+def _interleaved(node: fx.Node, known: Known) -> Dims:
+    """The dimensions of a value into which another one is put at every second place (rotary embeddings); () for
+    everything else."""
+    args: Any = node.args
+    if node.target is not aten.slice_scatter.default or len(args) < 3:
+        return ()
+    at = args[2] % node.meta["val"].ndim
+    there = [known[a] for a in args[:2] if known.get(a) and not known[a][at].axes]
+    return (*there[0][:at], Dim(int(node.meta["val"].shape[at])), *there[0][at + 1 :]) if there else ()
 
 
 def _reduces(node: fx.Node) -> set[int]:
