@@ -6,6 +6,7 @@ request, for reports and for the ONNX manifest), so that the printed schedule is
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -200,3 +201,20 @@ def needed(decision: Decision, rule: Schedule, step: int) -> int | None:
         if not rule(later):
             return most - pushed
     return 0
+
+
+def wanted_sets(decisions: Sequence[Decision], steps: int) -> Counter[frozenset[str]]:
+    """The sets of decisions that the steps of a request of ``steps`` steps let reuse, with how many steps do.
+
+    What a rule decides may go either way: together, not at all, or each alone; up to three of them in every way.
+    """
+    rules = {d.name: schedule(d.schedule, steps, d.name) for d in decisions}
+    ruled = {d.name for d in decisions if d.rule is not None}
+    found = Counter[frozenset[str]]()
+    for step in range(steps):
+        open_ = frozenset(name for name, rule in rules.items() if step and not rule(step))
+        asked = sorted(open_ & ruled)
+        sizes = range(len(asked) + 1) if len(asked) <= 3 else sorted({0, 1, len(asked)})
+        for granted in (c for n in sizes for c in itertools.combinations(asked, n)):
+            found[(open_ - ruled) | set(granted)] += 1
+    return found

@@ -126,7 +126,12 @@ class Session:
 
     def reschedule(self, masks: Mapping[str, str]) -> None:
         """From the next request on, follow these masks (decision name -> one digit a step) in place of the schedules
-        that the model was compiled with; {} goes back to them. For searches: nothing is compiled again."""
+        that the model was compiled with; {} goes back to them. For searches: nothing is compiled again. A step for
+        which the model was not compiled computes more than its mask says (``Engine.rescheduled`` has all compiled).
+
+        SessionError, and nothing changes, where there is no such decision or a mask is no text of 1 and 0."""
+        for ready in self._plans.values():
+            ready.check_masks(masks)
         self.close_request()
         self._masks = dict(masks)
         for ready in self._plans.values():

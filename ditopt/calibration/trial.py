@@ -49,6 +49,7 @@ class Trials:
             self._plain = [self._run(self._model, seed).detach().double() for seed in self._seeds]
         self._fast = api.optimize(self._model, self._recipe, steps=self._steps, target="eager")
         self._exit.callback(api.restore, self._fast)
+        self.module.engine.rescheduled = True
         try:
             self._run(self._fast, self._seeds[0])  # captures
             if not self.decisions:
