@@ -55,7 +55,8 @@ def build(program: Program, target: str, rows: Sequence[Choices] | None = None, 
     and in eager they are bit-equal to what the step would have computed.
     """
     made = combinations(program) if rows is None else list(rows)
-    free = target == "eager" and rows is None  # any combination may come: each is made when it does
+    # any further combination may come: each is made when it does
+    free = target == "eager" and rows is None and len(made) < 2 ** len(program.decisions)
     lowering = Lowering(program, None if free else made)
     steps, memos = lower(program, made, lowering), lower_memos(program)
     make = {"eager": eager, "inductor": inductor}[target]
