@@ -97,8 +97,6 @@ class Caching:
         asked = None
         if self.o.signal:
             found = SIGNALS[self.o.signal](self._site())
-            if not found.lag:
-                self._independent(found.node)
             slot = self.reuse.slot("signal", found.node.meta["val"])
             self.reuse.update(slot, found.node, "computed" if found.lag else "always")
             asked = rule(slot.meta["formal"].ref, found)
@@ -122,7 +120,7 @@ class Caching:
         regions = [dataclasses.replace(r, function=body[r.id]) if r.id in body else r for r in out.regions]
         if "model" in self.regions and not regions:  # a model without repeated blocks still has an output
             regions = [Region("model", "model", "")]
-        return prune(
+        made = prune(
             out.replace(
                 params={**out.params, **(self.correction.params if self.correction else {})},
                 state=(*out.state, *self.reuse.types),
@@ -130,6 +128,8 @@ class Caching:
                 regions=tuple(regions),
             )
         )
+        _measurable(made, self.o.signal)
+        return made
 
     # -- one value -------------------------------------------------------------------------------------------------
 
@@ -184,19 +184,6 @@ class Caching:
         """The model's output as this step computes it, whatever the decision."""
         node = self.e.results[self.before.step.results.index(output)]
         return node.args[0] if node.target is select and node.args[2] == self.name else node  # type: ignore[return-value]
-
-    def _independent(self, node: fx.Node) -> None:
-        """RecipeError where the signal would depend on a decision: the step must measure it before it decides."""
-        seen, todo = {node}, [node]
-        while todo:
-            n = todo.pop()
-            if n.target is select:
-                raise RecipeError(
-                    f"signal={self.o.signal} would be measured behind {n.args[2]}, another decision of the same step; "
-                    "begin that region behind this one, or decide it by a schedule of its own recipe"
-                )
-            todo += [a for a in n.all_input_nodes if a not in seen]
-            seen.update(n.all_input_nodes)
 
     # -- regions ---------------------------------------------------------------------------------------------------
 
@@ -277,7 +264,9 @@ class Caching:
             at = self.e[call].next
             results = self.e.call(name, [*call_args(self.e[call]), *more], types, at, block)
             for user in list(self.e[call].users):
-                user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+                new: fx.Node = results[user.args[1]]  # type: ignore[index]
+                user.replace_all_uses_with(new)
+                self._base, self._start = (new if n is user else n for n in (self._base, self._start))
             for k, parts in enumerate(slots):
                 kept = results[old + k]
                 chosen = results[old + len(values) + k] if self.o.predictor.window else kept
@@ -324,6 +313,39 @@ class Caching:
             e.set_results([*e.results, *kept, *(told if self.o.predictor.window else [])])
         self.functions[new] = e.function(new)
         return new, types
+
+
+def _measurable(program: Program, signal: str) -> None:
+    """RecipeError where a number that a step measures before it decides would depend on a decision of that step."""
+    newest = program.decisions[-1].name
+    new = dict(zip(program.step.state_out, program.step.results[program.step.n_results :], strict=True))
+    for d in program.decisions:
+        behind = _decided_by(program, new[d.rule.signal]) if d.rule is not None and not d.rule.lag else ""
+        if not behind:
+            continue
+        if d.name != newest:
+            raise RecipeError(
+                f"the signal of {d.name} would be measured behind {behind}, another decision of the same step; cache "
+                "nothing in front of a region that a signal decides, or decide it by a schedule of its own recipe"
+            )
+        other = "its own decision" if behind == d.name else f"{behind}, another decision of the same step"
+        raise RecipeError(
+            f"signal={signal} would be measured behind {other}; "
+            "begin that region behind this one, or decide it by a schedule of its own recipe"
+        )
+
+
+def _decided_by(program: Program, node: fx.Node) -> str:
+    """The name of a decision that ``node`` of the entry depends on, also inside the blocks before it; "" for none."""
+    seen, todo = {node}, [node]
+    while todo:
+        n = todo.pop()
+        inside = program.functions[callee(n)].graph.nodes if is_call(n) else [n]
+        for select_ in (m for m in inside if m.target is select):
+            return str(select_.args[2])
+        todo += [a for a in n.all_input_nodes if a not in seen]
+        seen.update(n.all_input_nodes)
+    return ""
 
 
 def node_types(call: fx.Node) -> list[Any]:

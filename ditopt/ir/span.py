@@ -100,7 +100,8 @@ def latent_like(program: Program, binding: Mapping[fx.Node, Binding], value: fx.
 
 
 def modulated_input(program: Program, e: Editor, call: fx.Node, binding: Mapping[fx.Node, Binding]) -> fx.Node | None:
-    """The normed and modulated latent that the first layer of a block reads, computed again in the entry (no layer is).
+    """The normed and modulated latent that the first layer of a block reads, computed again in the entry; of layers
+    only those of the timestep and the prompt, where they were not hoisted.
 
     ``call``: the block's call in ``program``'s entry, of which ``e`` edits a copy.
     """
