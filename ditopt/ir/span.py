@@ -11,15 +11,15 @@ from torch import fx
 from ditopt.ir.binding import Binding
 from ditopt.ir.cost import is_convolution, is_matmul
 from ditopt.ir.edit import Editor
-from ditopt.ir.modules import rejoined, stream_origins
+from ditopt.ir.modules import rejoined, saturates, stream_origins
 from ditopt.ir.program import Program, TensorType, call_args, callee, is_call
 
 aten = torch.ops.aten
 
 
 class Span:
-    """The blocks ``ids`` of ``program``. ``inside``: their calls, the results of these, and what lies between two of
-    them on a path, in order."""
+    """The blocks ``ids`` of ``program``. ``inside``: their calls, the results of these, what lies between two of them
+    on a path, and clips of their results to the range of the dtype, in order."""
 
     def __init__(self, program: Program, binding: Mapping[fx.Node, Binding], ids: Set[str]) -> None:
         self._program, self._binding = program, binding
@@ -33,10 +33,12 @@ class Span:
         for n in reversed(nodes):
             if n in self.calls or any(u in before for u in n.users):
                 before.add(n)
-        self.inside = [
-            n for n in nodes if n in self.calls or (n in after and n in before) or (n.args and n.args[0] in self.calls)
-        ]
-        self._inside = set(self.inside)
+        self._inside: set[fx.Node] = set()
+        for n in nodes:
+            ends = bool(n.args) and (n.args[0] in self.calls or (saturates(n) and n.args[0] in self._inside))
+            if n in self.calls or (n in after and n in before) or ends:
+                self._inside.add(n)
+        self.inside = [n for n in nodes if n in self._inside]
 
     def __contains__(self, node: fx.Node) -> bool:
         return node in self._inside
@@ -74,6 +76,8 @@ class Span:
         if whole is not None:
             return self.origin(whole, e)
         source, *rest = value.args
+        if saturates(value):
+            return self.origin(source, e)  # type: ignore[arg-type]
         if isinstance(source, fx.Node) and is_call(source):
             body = self._program.functions[callee(source)]
             origin = stream_origins(body, self._binding)[rest[0]]  # type: ignore[index]
