@@ -403,10 +403,11 @@ def _constants(spec: CallSpec) -> dict[str, Any]:
 def schedule_of(
     program: Program, manifest: Manifest, steps: int, timesteps: Sequence[float] | None
 ) -> list[dict[str, Any]]:
-    """The static schedule as data: for each step the graph to run and the predictors' coefficients."""
+    """The static schedule as data: for each step the graph to run, and the numbers of its control inputs."""
     rows = []
     for row in table(program.decisions, steps, timesteps, manifest.graphs):
         graph = next(g for g in manifest.graphs if dict(g.choices) == dict(row.choices))
-        weights = {d.weights: list(row.weights[d.name]) for d in program.decisions if d.weights}
+        weights: dict[str, list[float]] = {d.weights: list(row.weights[d.name]) for d in program.decisions if d.weights}
+        weights |= {d.row: [row.step] for d in program.decisions if d.row}
         rows.append({"graph": graph.name, "weights": weights})
     return rows

@@ -183,6 +183,7 @@ class Cache(Pass):
             found.slots,
             found.weights,
             Predictor("taylor", self.watch) if found.slots else Predictor(),
+            self.signal,
         )
 
     @classmethod

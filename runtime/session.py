@@ -108,6 +108,11 @@ class Session:
         """What follows is a new request."""
         self.close_request()
 
+    @property
+    def measured(self) -> dict[str, list[float]]:
+        """The signals that rules read in the running, else in the last request, by decision."""
+        return {name: list(values) for name, values in self._ledger.measured.items()}
+
     @contextmanager
     def context(self, name: str | None) -> Iterator[None]:
         """Calls inside the block belong to the guidance branch ``name``."""
@@ -280,6 +285,7 @@ class Session:
         stats.steps += row.step > self._ledger.top
         stats.graphs[row.graph] += 1
         stats.hits.update(n for n, c in row.choices.items() if c == REUSE)
+        stats.measured.update(done.choice.measured.keys())
         stats.flops += sum(g.flops for g in done.ran)
         stats.block_flops += sum(g.block_flops for g in done.ran)
         stats.full_flops += ready.manifest.full_flops

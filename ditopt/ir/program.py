@@ -164,7 +164,8 @@ class Rule:
     to ``domain`` (lowest, highest; () does not clamp); negative results count as 0.
     ``longest``, ``most``, ``budget``: at most so many reused steps in a row, in a request, and at most so large a sum
     of what was measured at reused steps since the last computed one; 0 is no bound.
-    ``slots``, ``weights``, ``predictor``: of the forecast that the signal is the error of, where it is one.
+    ``slots``, ``weights``, ``predictor``: of the forecast that the signal is the error of, where it is one. ``kind``:
+    the name of the signal in ir/signals.py, for display.
     """
 
     signal: str
@@ -180,6 +181,7 @@ class Rule:
     slots: tuple[str, ...] = ()
     weights: str = ""
     predictor: Predictor = Predictor()
+    kind: str = ""
 
 
 @dataclass(frozen=True)
