@@ -16,8 +16,11 @@ from ditopt.codegen.lower import Lowered, Lowering, lower, lower_memos
 from ditopt.codegen.onnx.export import export_artifact
 from ditopt.codegen.probe import NAME as PROBE
 from ditopt.codegen.variants import Choices, combinations
+from ditopt.errors import DitoptError
 from ditopt.ir.edit import inline
+from ditopt.ir.opening import opened
 from ditopt.ir.program import Program
+from ditopt.ops.call_module import calls
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ def describe(program: Program, variants: Sequence[Lowered], memos: Sequence[Lowe
         outputs=program.outputs,
         state=tuple(s for s in program.state if s.name in slots),
         decisions=program.decisions,
-        memos=program.memos,
+        memos=opened(program).memos,
         graphs=tuple(v.graph for v in variants if v.graph is not probe),
         memo_graphs=tuple(m.graph for m in memos),
         probe=probe,
@@ -92,6 +95,8 @@ def export(
     **more: Any,
 ) -> Manifest:
     """Write ``program`` as ONNX files beside ``path`` (codegen/onnx/export.py)."""
+    program = opened(program)
+    refuse_modules(program, "become ONNX")
     lowered = [*lower(program, rows), *lower_memos(program)]
     split = len(lowered) - len(program.memos)
     manifest = describe(program, lowered[:split], lowered[split:], target="onnxruntime", **more)
@@ -103,6 +108,15 @@ def export(
         path,
         schedule=schedule,
     )
+
+
+def refuse_modules(program: Program, what: str) -> None:
+    """DitoptError where the program calls Python of the model, which cannot ``what``."""
+    for body in calls(f.graph for f in program.functions.values()):
+        raise DitoptError(
+            f"this model looks at values of the latent{body.line}, which stays Python in its graph and cannot {what}; "
+            "run it in this process, with target eager or inductor"
+        )
 
 
 def flat_module(step: Lowered) -> fx.GraphModule:

@@ -20,13 +20,14 @@ from ditopt.codegen.probe import Split, split
 from ditopt.codegen.variants import Choices, combinations
 from ditopt.ir.cost import function_flops, step_flops
 from ditopt.ir.edit import Editor, prune
+from ditopt.ir.opening import opened
 from ditopt.ir.program import Formal, Function, Program, call_args, callee, formal, is_call
 from ditopt.ops import select
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """A step graph and the decided Program that it runs (no selects, no decisions; memo functions left out)."""
+    """A step graph and the decided Program that it runs (no selects, decisions or attention operators; no memos)."""
 
     graph: StepGraph
     program: Program
@@ -39,6 +40,7 @@ class Lowering:
 
     def __init__(self, program: Program, rows: Sequence[Choices] | None) -> None:
         self.free = rows is None
+        program = opened(program)  # no backend claims attention
         self._parts = split(program)
         rest = program if self._parts is None else self._parts.rest
         rules = [d.rule for d in program.decisions if d.rule is not None]
@@ -129,6 +131,7 @@ def _with_state(program: Program, slots: set[str]) -> Program:
 
 def lower_memos(program: Program) -> list[Lowered]:
     """Each memo function as a graph of its own, named like the function."""
+    program = opened(program)
     out = []
     for memo in program.memos:
         function = program.functions[memo.function]
@@ -142,9 +145,10 @@ def lower_memos(program: Program) -> list[Lowered]:
 
 
 def variant_name(choices: Choices) -> str:
-    """``full``; ``reuse`` where everything is reused; else the names of what is."""
-    reused = [k for k, v in choices.items() if v == "reuse"]
-    return "full" if not reused else "reuse" if len(reused) == len(choices) else "reuse_" + "_".join(reused)
+    """``full``; ``reuse`` where everything is reused; else the names of what is, and of what is not kept."""
+    reused, idle = ([k for k, v in choices.items() if v == word] for word in ("reuse", "bypass"))
+    name = "full" if not reused else "reuse" if len(reused) == len(choices) else "reuse_" + "_".join(reused)
+    return name + ("_idle_" + "_".join(idle) if idle else "")
 
 
 def _variant(program: Program, choices: Choices) -> Lowered:
@@ -184,12 +188,16 @@ def _decided(program: Program, choices: Choices) -> Program:
 
 
 def _decide(function: Function, choices: Choices) -> Function:
-    """``function`` with every select replaced by the operand that ``choices`` takes."""
+    """``function`` with every select replaced by the operand that ``choices`` takes: of new state the old one where
+    nothing is kept ("bypass")."""
     with Editor(function, "lower") as e:
+        state = set(e.results[len(e.results) - len(function.state_out) :])
         for node in list(e.graph.nodes):
             if node.target is select:
                 computed, predicted, decision = node.args
-                chosen = computed if choices.get(str(decision), "compute") == "compute" else predicted
+                choice = choices.get(str(decision), "compute")
+                kept = choice == "compute" or (choice == "bypass" and node not in state)
+                chosen = computed if kept else predicted
                 node.replace_all_uses_with(chosen)
         e.drop_dead(formals=False)
     return e.function()

@@ -12,8 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ditopt import errors, measure, zoo
+    from ditopt import calibration, errors, measure, zoo
     from ditopt.api import explain, export_onnx, optimize, restore
+    from ditopt.calibration import calibrate
     from ditopt.errors import (
         ArtifactError,
         BadInput,
@@ -46,6 +47,8 @@ __all__ = [
     "TextError",
     "VerifyError",
     "__version__",
+    "calibrate",
+    "calibration",
     "errors",
     "explain",
     "export_onnx",
@@ -71,6 +74,7 @@ _HOME = {
     "SessionError": "ditopt.errors",
     "TextError": "ditopt.errors",
     "VerifyError": "ditopt.errors",
+    "calibrate": "ditopt.calibration",
     "explain": "ditopt.api",
     "export_onnx": "ditopt.api",
     "load": "ditopt.saved",
@@ -78,7 +82,7 @@ _HOME = {
     "restore": "ditopt.api",
     "save": "ditopt.saved",
 }
-_MODULES = ("errors", "measure", "zoo")
+_MODULES = ("calibration", "errors", "measure", "zoo")
 
 
 def _lazy(name: str) -> Any:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ditopt.artifact import Manifest
-from ditopt.capture import arguments_of, bind, capture, seal
+from ditopt.capture import Captures, arguments_of, bind, capture, seal
 from ditopt.codegen.build import describe, export
 from ditopt.codegen.lower import lower, lower_memos
 from ditopt.engine import Engine, describe_for, rewrite, schedule_of, variants
 from ditopt.errors import BadInput
+from ditopt.ir.fold import fold_constants
 from ditopt.ir.program import Role
 from ditopt.offload import loaded
 from ditopt.optimized import OptimizedModule
@@ -35,6 +36,7 @@ def optimize(
     target: str = "auto",
     roles: Mapping[str, Role] | None = None,
     release: Release = "keep",
+    dynamic: bool | None = None,
 ) -> Any:
     """A faster drop-in for a denoiser, or a diffusers pipeline with its denoiser replaced.
 
@@ -48,6 +50,8 @@ def optimize(
     release: "keep", or what happens to weights that left the loop: "offload" puts them away (on the host, for a model
         on the CPU into a memory-mapped file) and brings them in to fill tables; "free" gives up for good those whose
         table no request changes. With either the original cannot run until ``restore``, and says so.
+    dynamic: whether calls that differ in shape share one capture: from the first call on (True), from the third shape
+        on (None), or never (False). A shape for which the model's code takes another way is captured on its own.
 
     The model is otherwise not modified. Raises RecipeError, CaptureError or BadInput; after an error it is as it was.
     """
@@ -57,12 +61,19 @@ def optimize(
         from ditopt.diffusers import optimize_pipeline
 
         return optimize_pipeline(
-            model, recipe, example_inputs=example_inputs, steps=steps, target=target, roles=roles, release=release
+            model,
+            recipe,
+            example_inputs=example_inputs,
+            steps=steps,
+            target=target,
+            roles=roles,
+            release=release,
+            dynamic=dynamic,
         )
     if not isinstance(model, nn.Module):
         raise BadInput(f"a {type(model).__name__} was given; ditopt optimizes an nn.Module or a diffusers pipeline")
     with loaded(model):
-        engine = Engine(model, recipe, target, steps, roles, release=release)
+        engine = Engine(model, recipe, target, steps, roles, release=release, dynamic=dynamic)
         if example_inputs is not None:
             args, kwargs = arguments_of(example_inputs)
             engine.prepare(*bind(model, args, kwargs))
@@ -89,17 +100,28 @@ def explain(
     steps: int | None = None,
     target: str = "auto",
     roles: Mapping[str, Role] | None = None,
+    dynamic: bool | None = None,
 ) -> str:
-    """Structure, binding times and costs of a model, and what each pass of ``recipe`` would do and why not."""
-    from ditopt.explanation import explanation
-
+    """How a model is captured, its structure, binding times and costs, and what each pass of ``recipe`` would do and
+    why not. ``dynamic`` is that of ``optimize``; an optimized model tells how it is captured itself."""
     if isinstance(model, OptimizedModule):
+        captures = model.engine.captures if roles is None and dynamic is None else None
         with model.engine.home() as original:
-            return explain(original, recipe, example_inputs=example_inputs, steps=steps, target=target, roles=roles)
+            return _explained(
+                original, captures or Captures(original, roles, dynamic=dynamic), recipe, example_inputs, steps, target
+            )
     if not isinstance(model, nn.Module):
         raise BadInput(f"a {type(model).__name__} was given; explain takes an nn.Module, such as a pipeline's denoiser")
-    args, kwargs = arguments_of(example_inputs)
-    captured = capture(model, *bind(model, args, kwargs), roles)
+    return _explained(model, Captures(model, roles, dynamic=dynamic), recipe, example_inputs, steps, target)
+
+
+def _explained(
+    model: nn.Module, captures: Captures, recipe: Recipe | str, example: Examples, steps: int | None, target: str
+) -> str:
+    from ditopt.explanation import explanation
+
+    args, kwargs = arguments_of(example)
+    captured = captures.take(*bind(model, args, kwargs))
     name = resolve(target, next((p.device for p in model.parameters()), torch.device("cpu")))
     history = PassManager(recipe, Context(name, steps)).run(captured.program)
     return explanation(captured.program, history, name, captured.notes)
@@ -121,7 +143,8 @@ def export_onnx(
     ``steps`` (or ``timesteps``, which a predictor in the model's time needs). An OptimizedModule exports what it runs.
     """
     captured, history, used = _programs(model, recipe, example_inputs, steps, roles)
-    program = seal(history[-1].program if history else captured.program, captured.guard)
+    captured.refuse_writes("exported")
+    program = fold_constants(seal(history[-1].program if history else captured.program, captured.guard))
     times = [float(t) for t in timesteps] if timesteps is not None else None
     if times is not None and steps is not None and len(times) != steps:
         raise BadInput(f"steps={steps} and {len(times)} timesteps given; they must agree")

@@ -51,9 +51,10 @@ class Update:
 class StepGraph:
     """One compiled variant of the step, or one memo function.
 
-    ``choices``: decision name -> "compute" | "reuse". ``inputs``: what to pass, in order. ``results``: number of model
-    outputs (or memo values), the first outputs of the graph. ``flops`` and ``block_flops``: matmul, convolution and
-    attention really executed by one call, in all and inside blocks. ``file``: its file in a saved artifact.
+    ``choices``: decision name -> "compute" | "reuse" | "bypass" (compute and keep nothing). ``inputs``: what to pass,
+    in order. ``results``: number of model outputs (or memo values), the first outputs of the graph. ``flops`` and
+    ``block_flops``: matmul, convolution and attention really executed by one call, in all and inside blocks. ``file``:
+    its file in a saved artifact.
     """
 
     name: str

@@ -23,6 +23,7 @@ examples:
   ditopt show digits --recipe lossless --after outline_blocks
   ditopt diff digits --recipe "fora{interval=4}" --pass cache
   ditopt export digits dit.onnx --recipe forecast --steps 30
+  ditopt calibrate digits --recipe "smoothcache{alpha=0.2}" --steps 30 --out digits.json
   ditopt bench --recipes fora "taylorseer{interval=4}" --targets eager inductor --out bench.csv
 
 <model> is the name of a shipped model, or module:function where the function takes no arguments and returns
@@ -115,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     recipes.add_argument("name", nargs="?", metavar="NAME")
 
     explain = command("explain", _explain, "structure, binding times and costs of a model, and what each pass does")
+    explain.add_argument("--dynamic", action="store_true", help="capture one graph for all shapes")
     show = command("show", _show, "print a model's program as text")
     show.add_argument("--after", metavar="PASS", help="stop after this pass; 'capture' shows what was captured")
     diff = command("diff", _diff, "print what the passes of a recipe change")
@@ -129,6 +131,15 @@ def _parser() -> argparse.ArgumentParser:
         parser_.add_argument("--steps", type=_count, help="denoising steps of a request")
         if parser_ is not export:
             parser_.add_argument("--target", default="eager", help="what would run it (default: eager)")
+
+    calibrate = command("calibrate", _calibrate, "fit a recipe to a shipped model and the way it is sampled")
+    calibrate.add_argument("model", metavar="MODEL", help="a shipped model")
+    calibrate.add_argument("--recipe", required=True, help="a system that is fitted, with its parameters, or its file")
+    calibrate.add_argument("--steps", type=_count, default=30, help="denoising steps of a request (default: 30)")
+    calibrate.add_argument("--seeds", type=_count, default=4, metavar="N", help="requests to record (default: 4)")
+    calibrate.add_argument("--samples", type=_count, default=4, help="samples in a request (default: 4)")
+    calibrate.add_argument("--tokens", type=_count, default=256, help="token positions to look at (default: 256)")
+    calibrate.add_argument("--out", metavar="FILE.json", help="write the recipe here instead of to stdout")
 
     bench = command("bench", _bench, "measure recipes on a shipped model, beside fewer steps, as CSV")
     bench.add_argument("--model", default="digits", help="a shipped model (default: digits)")
@@ -203,6 +214,31 @@ def _bench(args: argparse.Namespace) -> None:
         sys.stdout.write(text)
 
 
+def _calibrate(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from ditopt import demo
+    from ditopt.calibration import calibrate
+    from ditopt.recipe import named
+
+    if args.out:
+        _writable(Path(args.out))
+        if not args.out.endswith(".json"):
+            raise BadInput(f"{args.out} given; the recipe is read again by its ending, so the name must end in .json")
+    named(args.recipe)  # a wrong name is said before the model is loaded
+    model = demo.shipped(args.model, args.samples)
+    recipe = calibrate(
+        model.pipe, args.recipe, model.sample, steps=args.steps, seeds=range(args.seeds), tokens=args.tokens
+    )
+    print(recipe, file=sys.stderr)
+    for key, value in recipe.calibrated.items():
+        print(f"  {key}: {value}", file=sys.stderr)
+    if args.out:
+        Path(args.out).write_text(recipe.to_json() + "\n", encoding="utf-8")
+    else:
+        print(recipe.to_json())
+
+
 def _recipes(args: argparse.Namespace) -> None:
     from ditopt.pipeline import suggest
     from ditopt.recipe import available
@@ -212,6 +248,7 @@ def _recipes(args: argparse.Namespace) -> None:
         width = max(len(n) for n in systems)
         for name, system in systems.items():
             options = ", ".join(f"{p.name}={p.default}" for p in system.parameters)
+            options += "; fitted to a model" if system.calibration else ""
             print(f"{name:<{width}}  {system.contract:<11}  {system.title}" + (f"  [{options}]" if options else ""))
         return
     if args.name not in systems:
@@ -226,7 +263,10 @@ def _recipes(args: argparse.Namespace) -> None:
         _paragraph(f"{p.name}={p.default}", p.doc + also)
     for note in system.notes:
         _paragraph("note", note)
-    _paragraph("passes", " ".join(system.passes.split()))
+    if system.calibration:
+        _paragraph("fitted by", f"ditopt.calibrate(model, {system.name!r}, sampler, steps=...), or ditopt calibrate")
+    if system.passes:
+        _paragraph("passes", " ".join(system.passes.split()))
 
 
 def _paragraph(title: str, text: str) -> None:
@@ -241,7 +281,10 @@ def _explain(args: argparse.Namespace) -> None:
     import ditopt
 
     model, kwargs, _ = _load(args.model)
-    sys.stdout.write(ditopt.explain(model, args.recipe, example_inputs=kwargs, steps=args.steps, target=args.target))
+    dynamic = True if args.dynamic else None
+    sys.stdout.write(
+        ditopt.explain(model, args.recipe, example_inputs=kwargs, steps=args.steps, target=args.target, dynamic=dynamic)
+    )
 
 
 def _show(args: argparse.Namespace) -> None:

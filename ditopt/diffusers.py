@@ -39,23 +39,27 @@ def optimize_pipeline(
     target: str = "auto",
     roles: Mapping[str, Role] | None = None,
     release: Release = "keep",
+    make: Callable[..., Engine] = Engine,
+    dynamic: bool | None = None,
 ) -> Any:
     """Replace every denoiser of ``pipe`` by its optimized form and hook the scheduler; returns ``pipe``.
 
     Arguments are those of ``ditopt.optimize``; ``example_inputs`` are those of one call of the first denoiser (others
-    of its class take them too). After any error the pipeline is as it was.
+    of its class take them too); ``make`` is called as ``Engine`` is. After any error the pipeline is as it was.
     """
     found = denoisers(pipe)
     engines: dict[int, Engine] = {}
     for name, model in found.items():
         _refuse_hooks(name, model)
         with loaded(model):
-            engine = engines[id(model)] = Engine(model, recipe, target, steps, roles, release=release)
+            engine = engines[id(model)] = make(model, recipe, target, steps, roles, release=release, dynamic=dynamic)
             if example_inputs is not None and type(model) is type(next(iter(found.values()))):
                 engine.prepare(*bind(model, *arguments_of(example_inputs)))
     link = _Link(pipe)
     modules = {key: Denoiser(engine, link) for key, engine in engines.items()}
     link.sessions = [engine.session for engine in engines.values()]
+    for engine in engines.values():
+        engine.scheduler = lambda: getattr(link.pipe(), "scheduler", None)
     try:
         link.attach(getattr(pipe, "scheduler", None))
         for name, model in found.items():

@@ -6,7 +6,6 @@ keep the same reports.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import warnings
@@ -22,11 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from ditopt.artifact import Manifest, Plan
-from ditopt.capture import CallSpec, Captured, bind, capture
+from ditopt.capture import CallSpec, Captured, Captures, bind, by_name
 from ditopt.codegen.build import build, export
 from ditopt.codegen.variants import MOST, choices_of, pick, worth
 from ditopt.errors import BadInput, DitoptWarning, SessionError, StaleWeights
+from ditopt.fitted import UNKNOWN, Fitted, guidance_text, latent_text, model_text, scheduler_text
 from ditopt.ir.cost import step_flops
+from ditopt.ir.fold import fold_constants
 from ditopt.ir.program import Program, Role
 from ditopt.pipeline import Context, PassManager, PassResult
 from ditopt.recipe import Recipe
@@ -62,7 +63,8 @@ class Compiled:
 
 
 class Engine:
-    """Runs ``model`` by ``recipe``. ``weights`` names arguments that are weights (see ``capture``)."""
+    """Runs ``model`` by ``recipe``. ``weights`` names arguments that are weights (see ``capture``); ``dynamic`` is that
+    of ``Captures``. ``scheduler()``: that of the loop around the model, None where nobody told."""
 
     def __init__(
         self,
@@ -71,8 +73,9 @@ class Engine:
         target: str = "auto",
         steps: int | None = None,
         roles: Mapping[str, Role] | None = None,
-        weights: Collection[str] = (),
+        weights: Collection[str] | None = None,
         release: Release = "keep",
+        dynamic: bool | None = None,
     ) -> None:
         if steps is not None and (type(steps) is not int or steps < 1):
             raise BadInput(f"steps={steps!r} given; expected the number of denoising steps, 1 or more, or None")
@@ -82,7 +85,9 @@ class Engine:
         self.recipe = Recipe.parse(recipe)
         self.steps = steps
         self.roles = dict(roles or {})
-        self.weights = frozenset(weights)
+        self.weights = frozenset(weights or ())
+        self.piece = weights is not None  # a graph of Dynamo, of which there may be several
+        self.captures = Captures(model, self.roles, self.weights, dynamic)
         self.session = Session()
         self.target = resolve(target, _place(model)[1])
         check_release(release, self.target)
@@ -94,6 +99,9 @@ class Engine:
         self.rescheduled = False  # whether the session will follow other schedules than those of the recipe
         self._captured: _Snapshot | None = None
         self._seen: int | None = None  # the request in which the model was last compared with what was captured
+        self.scheduler: Callable[[], Any] = lambda: None
+        self._fitted = Fitted(self.recipe.calibrated) if self.recipe.calibrated else None
+        self._model_text = UNKNOWN  # as it was when all of its weights were in place
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """One step of the model, by its own calling convention."""
@@ -109,7 +117,22 @@ class Engine:
             self._drop(next(reversed(self.compiled)))
             compiled = self.prepare(spec, every)
             results = self.session.call(compiled.plan, tensors)
+        if self._fitted is not None:
+            self._fitted.look(self.session, lambda calls: self._running(calls, compiled, spec, every))
+        if compiled.captured.put is not None:
+            compiled.captured.put(results, by_name(self.model, args, kwargs))
         return compiled.captured.pack(results)
+
+    def _running(self, calls: int, compiled: Compiled, spec: CallSpec, tensors: Sequence[Tensor]) -> dict[str, str]:
+        """What runs, by the keys of ``ditopt.fitted``."""
+        steps = self.session.clock.steps or self.steps
+        now = {"steps": str(steps or UNKNOWN), "scheduler": scheduler_text(self.scheduler())}
+        if not self.weights:  # Dynamo names the weights otherwise
+            now["model"] = self._model_text if self.shelves.mode != "keep" else model_text(self.model)
+        latent = latent_of(compiled.captured.program, dict(zip(spec.names, tensors, strict=True)))
+        if latent is not None:
+            now |= {"latent": latent_text(latent), "guidance": guidance_text(calls, latent)}
+        return now
 
     def prepare(self, spec: CallSpec, tensors: Sequence[Tensor]) -> Compiled:
         """The compiled signature of a call; captured and rewritten the first time, and where Python of the model would
@@ -125,11 +148,13 @@ class Engine:
         notice(spec, [c.captured.spec for c in self.compiled.values()], broken)
         self.shelves.restore()  # the model runs while it is captured
         try:
-            found = self._compile(capture(self.model, spec, tensors, self.roles, self.weights))
+            found = self._compile(self.captures.take(spec, tensors))
         except BaseException:
             self._put_away()
             raise
         self._captured = self._captured or _Snapshot(self.model)
+        if self._fitted is not None and self.shelves.mode != "keep" and not self.shelves.freed:
+            self._model_text = model_text(self.model)
         if len(self.compiled) >= SIGNATURES:
             self._drop(next(iter(self.compiled)))
         self._count += 1
@@ -172,10 +197,11 @@ class Engine:
         self.session.reset()
         self.session.forget()
         self.compiled.clear()
+        self.captures.forget()
         self._captured, self._place = None, _place(self.model)
 
     def _compile(self, captured: Captured) -> Compiled:
-        history = rewrite(captured, self.recipe, self.target, self.steps)
+        history = rewrite(captured, self.recipe, self.target, self.steps, piece=self.piece)
         program = history[-1].program if history else captured.program
         more = describe_for(captured, history, self.recipe, self.steps)
         if self.target == "onnxruntime":
@@ -197,7 +223,8 @@ class Engine:
         before = fingerprint(weights())
         folder = Path(tempfile.mkdtemp(prefix="ditopt-"))
         try:
-            export(program, folder / "model.onnx", None, variants(program, self.target, self.steps), **more)
+            rows = variants(program, self.target, self.steps)
+            export(fold_constants(program), folder / "model.onnx", None, rows, **more)
             loaded = load_onnx(folder / "model.onnx", self.session).plan
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -259,6 +286,12 @@ class Engine:
             self._place = _place(self.model)
 
 
+def latent_of(program: Program, given: Mapping[str, Tensor]) -> Tensor | None:
+    """The first latent among the inputs ``given`` by name."""
+    names = [i.name for i in program.inputs if i.role == "latent"]
+    return next((given[n] for n in names if n in given), None)
+
+
 class _Snapshot:
     """A model as it was captured: its modules, and the Python values in them that a graph holds fixed."""
 
@@ -314,18 +347,28 @@ def _place(model: nn.Module) -> tuple[torch.dtype, torch.device]:
     return (first.dtype, first.device) if first is not None else (torch.float32, torch.device("cpu"))
 
 
-def rewrite(captured: Captured, recipe: Recipe, target: str, steps: int | None) -> tuple[PassResult, ...]:
-    """What the passes of ``recipe`` did, with a DitoptWarning for each that was asked for and had no effect."""
+def rewrite(
+    captured: Captured, recipe: Recipe, target: str, steps: int | None, piece: bool = False
+) -> tuple[PassResult, ...]:
+    """What the passes of ``recipe`` did, with a DitoptWarning for each that was asked for and had no effect. A graph
+    without a timestep that may be a ``piece`` of a model (another may have the time) gets local passes only."""
     if not any(i.role == "timestep" for i in captured.program.inputs):
+        what = (
+            "so nothing can be kept from step to step: only local passes run. Where the graph is a part of a model "
+            "that Dynamo broke, use ditopt.optimize"
+            if piece
+            else "so steps are told apart by the latent, inside `with fast.session(steps=...)` or where a pipeline's "
+            "scheduler counts them; in other calls nothing is kept from step to step"
+        )
         warnings.warn(
-            "this graph has no timestep input, so nothing can be kept from step to step: only local passes run. "
-            "Where the graph is a part of a model that Dynamo broke, use ditopt.optimize; where the timestep has "
-            "another name, pass roles={'<name>': 'timestep'}",
+            f"this graph has no timestep input, {what}; where the timestep has another name, pass "
+            "roles={'<name>': 'timestep'}",
             DitoptWarning,
             stacklevel=5,
         )
-        local = Recipe.parse("canonicalize, outline_blocks")
-        return tuple(PassManager(local, Context(target, steps)).run(captured.program))
+        if piece:
+            local = Recipe.parse("canonicalize, outline_blocks")
+            return tuple(PassManager(local, Context(target, steps)).run(captured.program))
     history = tuple(PassManager(recipe, Context(target, steps)).run(captured.program))
     _complain(history)
     return history
@@ -388,16 +431,13 @@ def describe_for(
 
 
 def _constants(spec: CallSpec) -> dict[str, Any]:
-    """What the capture saw for arguments that are no tensors, where JSON can hold it."""
-    out = {}
-    for name, value in spec.static_items():
-        try:
-            json.dumps(value)
-        except TypeError:
-            continue
-        if value is not None and name != "return_dict":
-            out[name] = value
-    return out
+    """What the capture saw for arguments that are no tensors, and the defaults of those that were left out, as JSON has
+    it. An argument that is None says nothing."""
+    return {
+        name: str(value) if isinstance(value, (torch.dtype, torch.device)) else value
+        for name, value in (*spec.static_items(), *spec.defaults)
+        if name != "return_dict" and (value is not None or "." in name)
+    }
 
 
 def schedule_of(

@@ -12,8 +12,9 @@ from ditopt.codegen.lower import lower, lower_memos
 from ditopt.codegen.probe import NAME as PROBE
 from ditopt.ir.binding import Binding, bind
 from ditopt.ir.cost import flops, step_flops
-from ditopt.ir.program import Decision, Program, Region, Rule, Stream, TensorType, formal
+from ditopt.ir.program import Decision, Program, Region, Rule, StateSlot, Stream, TensorType, formal
 from ditopt.ir.signals import SIGNALS
+from ditopt.ir.sites import AttentionSite, attention_sites
 from ditopt.pipeline import PassResult
 
 NEVER = "constant"
@@ -21,15 +22,16 @@ NEVER = "constant"
 
 
 def explanation(program: Program, history: Sequence[PassResult], target: str, capture: Sequence[str]) -> str:
-    """How the model was captured (the notes of ``capture``); inputs, structure, binding times and costs of ``program``
-    (as captured, before any pass); what each pass of ``history`` applied and refused; of the last Program, what is
-    decided each step and how, and which graphs ``target`` runs."""
+    """How the model was captured (the notes of ``capture``); inputs, structure, attention, binding times and costs of
+    ``program`` (as captured, before any pass); what each pass of ``history`` applied and refused; of the last Program,
+    what is decided each step and how, and which graphs ``target`` runs."""
     final = history[-1].program if history else program
     outlined = next((r.program for r in history if r.program.blocks()), program)
     parts = [
         ("Capture", capture),
         ("Inputs", _inputs(program)),
         ("Structure", _structure(outlined)),
+        ("Attention", _attention(outlined)),
         ("Binding times (what a value depends on)", _binding(program)),
         ("Passes", _passes(history)),
         ("Decisions", [line for d in final.decisions for line in decision_text(d)] or ["none"]),
@@ -61,6 +63,13 @@ def count(value: float) -> str:
 def weight_bytes(program: Program, graph: StepGraph) -> int:
     """Bytes of the weights that a lowered graph reads."""
     return sum(program.params[f.ref].nbytes for f in graph.inputs if f.kind == "param" and f.ref in program.params)
+
+
+def live_slots(program: Program) -> list[StateSlot]:
+    """The slots that a Session will hold: those that some step graph reads. Those of lifetime "request" are held once
+    for each guidance branch."""
+    read = {f.ref for v in lower(program) for f in v.graph.inputs if f.kind == "state"}
+    return [s for s in program.state if s.name in read]
 
 
 def role_flops(outlined: Program) -> dict[str, int]:
@@ -253,6 +262,29 @@ def stream_text(stream: Stream) -> str:
     return f"{stream.made_of or 'stream'}: {_number(stream.tokens, 'token')}{grid}{start}, {axes}{unknown}"
 
 
+def _attention(program: Program) -> list[str]:
+    """A line for each attention of blocks that are alike in it."""
+    found = attention_sites(program)
+    attends = {r.parent for r in program.regions if r.role == "attn"}
+    alike: dict[tuple[str, tuple[AttentionSite, ...]], list[str]] = {}
+    for id, sites in found.items():
+        alike.setdefault((id.rpartition(".")[0], sites), []).append(id)
+    lines: list[list[str]] = []
+    for (_, sites), ids in alike.items():
+        first, last = (int(ids[k].rpartition(".")[2] or 0) for k in (0, -1))
+        span = ids[0] if len(ids) == 1 else f"{ids[0]}..{last}"
+        some = f"{len(ids)} of {span}" if last - first >= len(ids) else span or "outside blocks"
+        rows = [_site(s) for s in sites] or [["in no known spelling" if ids[0] in attends else "none", *[""] * 4]]
+        lines += [[some if not k else "", *row] for k, row in enumerate(rows)]
+    return _columns(lines) or ["none"]
+
+
+def _site(site: AttentionSite) -> list[str]:
+    heads = _number(site.heads, "head") if site.heads else "heads unknown"
+    seen = [*(["causal"] if site.causal else []), *(["masked"] if site.masked else [])]
+    return [site.kind, heads, f"{site.queries} x {site.keys} tokens", ", ".join(seen), site.spelling]
+
+
 def _alias(run: Sequence[Region]) -> str:
     names = [r.alias for r in run if r.alias]
     if not names:
@@ -296,12 +328,12 @@ def _graphs(program: Program, target: str) -> list[str]:
 
 
 def _state(program: Program) -> list[str]:
-    read = {f.ref for v in lower(program) for f in v.graph.inputs if f.kind == "state"}
+    slots = live_slots(program)
     lines = []
     for life, where in (("request", "a guidance branch"), ("model", "the model")):
-        slots = [s for s in program.state if s.lifetime == life and s.name in read]
-        if slots:
-            lines.append(f"{size(sum(s.type.nbytes for s in slots))} for {where} in {len(slots)} slots")
+        held = [s for s in slots if s.lifetime == life]
+        if held:
+            lines.append(f"{size(sum(s.type.nbytes for s in held))} for {where} in {len(held)} slots")
     for memo in program.memos:
         values = [n.meta["val"] for n in program.functions[memo.function].results]
         bytes_ = sum(TensorType.of(v).nbytes for v in values)

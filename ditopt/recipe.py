@@ -45,10 +45,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps in order. ``name`` is the published system or file that they came from, for display only."""
+    """Steps in order. ``name`` is the published system or file that they came from, for display only. ``calibrated``
+    says what the steps were fitted to (``ditopt.calibrate``; ditopt/fitted.py), by key; the text form leaves it out."""
 
     steps: tuple[Step, ...] = ()
     name: str = field(default="", compare=False)
+    calibrated: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "calibrated", dict(self.calibrated))  # a copy: the caller's dict may change
 
     @staticmethod
     def parse(source: str | Path | Recipe) -> Recipe:
@@ -57,7 +62,7 @@ class Recipe:
         The result is checked: every pass exists, every option has its type and range. RecipeError otherwise.
         """
         if isinstance(source, Recipe):
-            return Recipe(tuple(_checked(s) for s in source.steps), source.name)
+            return Recipe(tuple(_checked(s) for s in source.steps), source.name, source.calibrated)
         if isinstance(source, Path) or (isinstance(source, str) and source.strip().endswith((".toml", ".json"))):
             return _from_file(Path(str(source).strip()))
         if isinstance(source, str):
@@ -70,7 +75,8 @@ class Recipe:
     def to_json(self) -> str:
         """JSON text that ``Recipe.parse`` reads from a .json file."""
         steps = [{"pass": s.name, "options": dict(s.options)} for s in self.steps]
-        return json.dumps({"ditopt_recipe": 1, "name": self.name, "steps": steps}, indent=1)
+        fitted = {"calibrated": dict(self.calibrated)} if self.calibrated else {}
+        return json.dumps({"ditopt_recipe": 1, "name": self.name, "steps": steps, **fitted}, indent=1)
 
     @staticmethod
     def from_json(text: str, where: str = "recipe") -> Recipe:
@@ -81,11 +87,12 @@ class Recipe:
                 raise RecipeError(f"{where}: recipe version {data['ditopt_recipe']}, this ditopt reads version 1")
             steps = tuple(Step(s["pass"], s.get("options", {})) for s in data["steps"])
             name = str(data.get("name", ""))
+            calibrated = {str(k): str(v) for k, v in data.get("calibrated", {}).items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, RecipeError):
                 raise
             raise RecipeError(f"{where} is not a recipe that Recipe.to_json wrote ({error!r})") from error
-        return Recipe.parse(Recipe(steps, name))
+        return Recipe.parse(Recipe(steps, name, calibrated))
 
 
 NOTHING = "none"
@@ -221,18 +228,41 @@ def _from_text(text: str) -> Recipe:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A knob of a published system, under the name its users know, and the other names they know it by."""
+    """A knob of a published system, under the name its users know, and the other names they know it by.
+
+    ``min``, ``max``: of a number. ``choices``: the words that a text may be, and for each the recipe text that stands
+    in ``passes`` in its place (it may hold parameters without choices).
+    """
 
     name: str
     default: Value
     doc: str
     aliases: tuple[str, ...] = ()
     min: float | None = None
+    max: float | None = None
+    choices: Mapping[str, str] = field(default_factory=dict)
+
+    def read(self, what: str, value: Value) -> Value:
+        """``value`` as the parameter's type; RecipeError names ``what`` where it is none, or out of range."""
+        typed = read_value(what, type(self.default), value)
+        if self.choices and typed not in self.choices:
+            raise RecipeError(f"{what}: got {typed!r}; {suggest(str(typed), self.choices)}")
+        if isinstance(typed, str):
+            return typed
+        if self.min is not None and not typed >= self.min:  # NaN is neither
+            raise RecipeError(f"{what}: expected at least {self.min:g}, got {typed}")
+        if self.max is not None and not typed <= self.max:
+            raise RecipeError(f"{what}: expected at most {self.max:g}, got {typed}")
+        return typed
 
 
 @dataclass(frozen=True)
 class System:
-    """A recipe file: a published system as data. ``passes`` is recipe text with ``{parameter}`` in it."""
+    """A recipe file: a published system as data. ``passes`` is recipe text with ``{parameter}`` in it.
+
+    ``calibration`` names what fits the system to a model (a file of ditopt/calibration/sources); such a system may have
+    no ``passes``, and then can only be used through ``ditopt.calibrate``.
+    """
 
     name: str
     title: str
@@ -243,9 +273,28 @@ class System:
     claim: str = ""
     notes: tuple[str, ...] = ()
     parameters: tuple[Parameter, ...] = ()
+    calibration: str = ""
 
     def recipe(self, given: Mapping[str, Value] | None = None) -> Recipe:
         """The recipe with some parameters changed; text values are read as the parameter's type."""
+        values, words = self._read(given)
+        if not self.passes:
+            raise RecipeError(
+                f"{self.name} is fitted to a model: r = ditopt.calibrate(model, {self.name!r}, sampler, steps=...), "
+                "then pass r as recipe"
+            )
+        text = self._filled(values, words)
+        try:
+            return Recipe(_from_text(text).steps, self.name)
+        except RecipeError as error:
+            raise RecipeError(f"recipe {self.name}: {error}") from error
+
+    def values(self, given: Mapping[str, Value] | None = None) -> dict[str, Value]:
+        """The value of every parameter by its name, some of them ``given`` under any of their names."""
+        return self._read(given)[0]
+
+    def _read(self, given: Mapping[str, Value] | None) -> tuple[dict[str, Value], dict[str, str]]:
+        """The values by name, and the words under which some were given."""
         values: dict[str, Value] = {p.name: p.default for p in self.parameters}
         known = {alias: p for p in self.parameters for alias in (p.name, *p.aliases)}
         seen: dict[str, str] = {}
@@ -256,20 +305,30 @@ class System:
             if p.name in seen:
                 raise RecipeError(f"recipe {self.name}: {seen[p.name]} and {word} are one parameter; give it once")
             seen[p.name] = word
-            what = f"{self.name}{{{word}=...}}"
-            values[p.name] = typed = read_value(what, type(p.default), value)
-            if p.min is not None and not isinstance(typed, str) and typed < p.min:
-                raise RecipeError(f"{what}: expected at least {p.min:g}, got {typed}")
-        text = _PARAMETER.sub(lambda m: pipeline.print_value(values[m.group(1)]), self.passes)
-        try:
-            return Recipe(_from_text(text).steps, self.name)
-        except RecipeError as error:
-            raise RecipeError(f"recipe {self.name}: {error}") from error
+            values[p.name] = p.read(f"{self.name}{{{word}=...}}", value)
+        return values, seen
+
+    def _filled(self, values: Mapping[str, Value], given: Mapping[str, str]) -> str:
+        """``passes`` with ``values`` in place. RecipeError where the word for a ``given`` one has no place there."""
+        choices = {p.name: p.choices for p in self.parameters if p.choices}
+        used: dict[str, Value] = {}
+
+        def put(match: re.Match[str]) -> str:
+            name = match.group(1)
+            used[name] = value = values[name]
+            return _PARAMETER.sub(put, choices[name][str(value)]) if name in choices else pipeline.print_value(value)
+
+        text = _PARAMETER.sub(put, self.passes)
+        for name, word in given.items():
+            if name not in used:
+                chosen = " and ".join(f"{n}={v}" for n, v in used.items() if n in choices)
+                raise RecipeError(f"recipe {self.name}: {word} has no effect with {chosen}; leave it out")
+        return text
 
 
 _PARAMETER = re.compile(r"\{(\w+)\}")
-_KEYS = {"name", "title", "source", "seed", "claim", "contract", "notes", "passes", "parameters"}
-_PARAMETER_KEYS = {"default", "doc", "aliases", "min"}
+_KEYS = {"name", "title", "source", "seed", "claim", "contract", "notes", "passes", "parameters", "calibration"}
+_PARAMETER_KEYS = {"default", "doc", "aliases", "min", "max", "choices"}
 
 
 def _system(text: str, where: str) -> System:
@@ -281,55 +340,100 @@ def _system(text: str, where: str) -> System:
     for key in data:
         if key not in _KEYS:
             raise RecipeError(f"{where}: no field is called {key!r}; {suggest(key, sorted(_KEYS))}")
+    fitted = bool(data.get("calibration"))
     for key in ("name", "passes"):
-        if not isinstance(data.get(key), str):
+        if not isinstance(data.get(key, "" if key == "passes" and fitted else None), str):
             raise RecipeError(f"{where}: the field {key} (text) is missing")
-    for key in ("title", "source", "seed", "claim"):
+    for key in ("title", "source", "seed", "claim", "calibration"):
         if not isinstance(data.get(key, ""), str):
             raise RecipeError(f"{where}: the field {key} is text, not {data[key]!r}")
     notes = data.get("notes", [])
     if not isinstance(notes, list) or not all(isinstance(n, str) for n in notes):
         raise RecipeError(f"{where}: the field notes is a list of texts, not {notes!r}")
     specs = data.get("parameters", {})
-    parameters = [_parameter(name, specs[name], data["passes"], where) for name in specs]
-    for name in _PARAMETER.findall(data["passes"]):
-        if name not in {p.name for p in parameters}:
-            raise RecipeError(f"{where}: passes uses {{{name}}}, which [parameters] does not declare")
+    texts = [data.get("passes", "").strip(), *_choice_texts(specs)]
+    parameters = [_parameter(name, specs[name], "" if fitted else " ".join(texts), where) for name in specs]
+    plain = {p.name for p in parameters if not p.choices}
+    for i, text in enumerate(texts):
+        for name in _PARAMETER.findall(text):
+            if i == 0 and name not in specs:
+                raise RecipeError(f"{where}: passes uses {{{name}}}, which [parameters] does not declare")
+            if i and name not in plain:
+                raise RecipeError(
+                    f"{where}: the choice {text!r} uses {{{name}}}, which is no parameter without choices"
+                )
     contract = data.get("contract", "approximate")
     if contract not in ("exact", "approximate"):
         raise RecipeError(f"{where}: contract is 'exact' or 'approximate', not {contract!r}")
     return System(
         name=data["name"],
         title=data.get("title", data["name"]),
-        passes=data["passes"].strip(),
+        passes=texts[0],
         contract=contract,
         source=data.get("source", ""),
         seed=data.get("seed", ""),
         claim=data.get("claim", ""),
         notes=tuple(notes),
         parameters=tuple(parameters),
+        calibration=data.get("calibration", ""),
     )
 
 
 def _parameter(name: str, spec: Any, passes: str, where: str) -> Parameter:
     where = f"{where}: [parameters.{name}]"
     if not isinstance(spec, dict) or not {"default", "doc"} <= set(spec) <= _PARAMETER_KEYS:
-        raise RecipeError(f"{where} needs default and doc, and may have aliases and min")
+        raise RecipeError(f"{where} needs default and doc, and may have aliases, min, max and choices")
     if not isinstance(spec["default"], (int, float, str, bool)):
         raise RecipeError(f"{where}: a default is a number, text, true or false, not {spec['default']!r}")
-    if f"{{{name}}}" not in passes:
+    if passes and f"{{{name}}}" not in passes:
         raise RecipeError(f"{where} is nowhere in passes; write {{{name}}} where it goes")
-    return Parameter(name, spec["default"], spec["doc"], tuple(spec.get("aliases", ())), spec.get("min"))
+    choices = spec.get("choices", {})
+    if not isinstance(choices, dict) or not all(isinstance(t, str) for t in choices.values()):
+        raise RecipeError(f"{where}: choices is a table of words and the recipe text for each, not {choices!r}")
+    if choices and spec["default"] not in choices:
+        raise RecipeError(f"{where}: the default {spec['default']!r} is none of its choices {', '.join(choices)}")
+    aliases = tuple(spec.get("aliases", ()))
+    return Parameter(name, spec["default"], spec["doc"], aliases, spec.get("min"), spec.get("max"), choices)
+
+
+def _choice_texts(specs: Any) -> list[str]:
+    """The recipe text of every choice of every parameter."""
+    tables = [s.get("choices") for s in specs.values() if isinstance(s, dict)]
+    return [str(t) for table in tables if isinstance(table, dict) for t in table.values()]
 
 
 def _from_file(path: Path) -> Recipe:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the recipe file {path} cannot be read ({error})") from error
+    text = _read(path)
     if path.suffix == ".json":
         return Recipe.from_json(text, str(path))
     return _system(text, str(path)).recipe()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe file {path} cannot be read ({error})") from error
+
+
+def named(source: str | Path) -> tuple[System, dict[str, Value]]:
+    """The one system that ``source`` names, as ``name{parameter=value,...}`` or as a .toml file, and its parameters'
+    values. RecipeError for anything else."""
+    if not isinstance(source, (str, Path)):
+        raise RecipeError(
+            f"a {type(source).__name__} was given; expected the name of a system, or the path of its file"
+        )
+    if isinstance(source, Path) or source.strip().endswith(".toml"):
+        path = Path(str(source).strip())
+        system = _system(_read(path), str(path))
+        return system, system.values()
+    calls = list(_Reader(source).calls())
+    (name, options), systems = calls[0], available()
+    if len(calls) > 1:
+        raise RecipeError(f"{source!r} names {len(calls)} recipes or passes; expected one system, with its parameters")
+    if name not in systems:
+        raise RecipeError(f"no recipe is called {name!r}; {suggest(name, list(systems))}")
+    return systems[name], systems[name].values(options)
 
 
 def available() -> dict[str, System]:

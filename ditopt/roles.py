@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import get_args
 
+import torch
 from torch import Tensor
 
 from ditopt.errors import BadInput
@@ -21,8 +22,10 @@ _SHAPE = re.compile(
     r"(^|_)(ids|pos|position|positions|rope|rotary|rotary_emb|freqs|coords|grid|sizes?|shapes?|fps|resolution|aspect_ratio)(_|$)"
 )
 _PROMPT = re.compile(
-    r"(^|_)(encoder|context|ctx|text|txt|prompt|caption|cap|cond|c|y|class|classes|label|labels|pooled|guidance|clip|t5|style|vector|image_embeds?|meta)(_|$)"
+    r"(^|_)(encoder|context|ctx|text|txt|prompt|caption|cap|cond|conds|global|c|y|class|classes|label|labels|pooled|guidance|clip|t5|style|vector|image_embeds?|meta|vit|camera)(_|$)"
 )
+_TOKENS = re.compile(r"(^|_)(input|token|prompt|text)_ids$")
+"""Numbers of words or of codes, which are no positions."""
 _LATENT = re.compile(
     r"(^|_)(hidden_states|x|z|xt|img|image|latents?|latent_model_input|sample|noisy|noise|control|controlnet\w*|residuals?|cond_image)$"
 )
@@ -79,10 +82,18 @@ def infer(
         candidates = [i for i, (_, v) in enumerate(inputs) if roles[i] is None and tuple(v.shape) in shapes]
         for i in candidates[:1]:
             roles[i] = "latent"
-    return [  # a single number is no latent: a scale, or the strength of a condition
-        role or ("prompt" if v.ndim == 0 or (v.ndim == 1 and not v.is_floating_point()) else "latent")
-        for role, (_, v) in zip(roles, inputs, strict=True)
+    found = "latent" in roles
+    return [
+        role or ("prompt" if _is_condition(v, found) else "latent") for role, (_, v) in zip(roles, inputs, strict=True)
     ]
+
+
+def _is_condition(value: Tensor, found: bool) -> bool:
+    """Whether an input that nothing else is known of is no latent: a single number (a scale, or the strength of a
+    condition), a label, a mask; words and codes too, where the latent is ``found`` elsewhere."""
+    if value.is_floating_point() or value.is_complex():
+        return value.ndim == 0
+    return found or value.ndim <= 1 or value.dtype is torch.bool
 
 
 def _refuse_equals(times: Sequence[tuple[str, Tensor]]) -> None:
@@ -102,9 +113,9 @@ def _by_name(name: str, value: Tensor) -> Role | None:
     word = clean(name)
     if is_time(name):
         return "timestep"
-    if _LATENT.search(word) and not re.search(r"encoder|text|txt|prompt|caption", word):
+    if _LATENT.search(word) and not re.search(r"encoder|text|txt|prompt|caption|global|cond_hidden", word):
         return "latent"
-    if _SHAPE.search(word):
+    if _SHAPE.search(word) and not _TOKENS.search(word):
         return "shape"
     if _PROMPT.search(word) or word.endswith("mask"):
         return "prompt"

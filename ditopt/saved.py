@@ -32,13 +32,16 @@ def save(model: OptimizedModule, path: str | Path) -> Path:
     What is written is the signature used last. An earlier save in the folder is replaced whole, or kept after an error.
     """
     from ditopt.capture import seal
+    from ditopt.codegen.build import refuse_modules
     from ditopt.ir.text import print_program
     from ditopt.optimized import OptimizedModule
 
     if not isinstance(model, OptimizedModule):
         raise BadInput(f"a {type(model).__name__} was given; save takes what ditopt.optimize returned")
+    refuse_modules(model.program, "be written")
     model.release.require_all("saved")
     compiled, folder = model.compiled, Path(path)
+    compiled.captured.refuse_writes("saved")
     if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise BadInput(f"{folder} exists and is not a saved model; give another path, or an empty folder")
     folder.parent.mkdir(parents=True, exist_ok=True)

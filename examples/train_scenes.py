@@ -117,7 +117,7 @@ SUBJECT = judging.Subject(
 
 
 def main() -> None:
-    args = judging.arguments(__doc__, "scenes", steps=6_500, batch=24, count=128)
+    args = judging.arguments(__doc__, "scenes", steps=4_000, batch=24, count=128)
     if args.evaluate or args.ship:
         judging.judge_checkpoint(SUBJECT, args)
     else:

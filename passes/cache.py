@@ -24,7 +24,7 @@ from typing import Literal
 from ditopt.errors import RecipeError
 from ditopt.ir import example
 from ditopt.ir.caching import Caching, Keeping
-from ditopt.ir.program import Basis, Interval, Predictor, Program, Rule
+from ditopt.ir.program import Basis, Decision, Interval, Predictor, Program, Rule
 from ditopt.ir.reuse import Store
 from ditopt.ir.select import Selection, select_regions
 from ditopt.ir.signals import Signal
@@ -39,16 +39,16 @@ class Cache(Pass):
     """Compute a region on some steps and predict its value on the others.
 
     ``region``: a selector (ir/select.py). ``each``: one decision for all of it, or one for every block of it.
-    ``every``, ``first``, ``last``, ``mask``: the schedule (``Interval``). ``predictor``, ``order``, ``time``:
-    ``Predictor``. ``residual``: predict ``out - in`` instead of ``out``; "auto" does so for runs of blocks. ``store``:
-    keep values as they are, or in 8 bits. ``correction``: a file with tables ``scale`` and ``shift`` (steps, channels),
-    applied to predicted values.
+    ``every``, ``first``, ``last``, ``mask``, ``since``, ``until``: the schedule (``Interval``). ``predictor``,
+    ``order``, ``time``: ``Predictor``. ``residual``: predict ``out - in`` instead of ``out``; "auto" does so for runs
+    of blocks. ``store``: keep values as they are, or in 8 bits. ``correction``: a file with tables ``scale`` and
+    ``shift`` (steps, channels), applied to predicted values.
 
     ``signal`` (ir/signals.py): decide on the steps that the schedule leaves open by a number; then ``every=0`` (the
     default there) forces none, and a ``mask`` allows reuse at its zeros. The rest is the ``Rule``: ``test``,
     ``threshold`` (its limit), ``coefficients`` and ``domain`` (numbers, highest degree first; lowest and highest),
-    ``book`` (as in "0.03:12 0.05:10 inf:3"), ``longest``, ``most``, ``budget``; ``watch``: order of the Taylor series
-    that signal=forecast checks.
+    ``book`` (as in "0.03:12 0.05:10 inf:3": below 0.03 the next step that computes is the twelfth from here),
+    ``longest``, ``most``, ``budget``; ``watch``: order of the Taylor series that signal=forecast checks.
     """
 
     region: str = "blocks.1:-1"
@@ -57,13 +57,15 @@ class Cache(Pass):
     first: int = 1
     last: int = 0
     mask: str = ""
+    since: float = 0.0
+    until: float = 1.0
     predictor: Basis = "hold"
     order: int = 0
     time: Literal["step", "timestep"] = "step"
     residual: Literal["auto", "yes", "no"] = "auto"
     store: Store = "full"
     correction: str = ""
-    signal: Literal["none", "residual", "hidden", "modulated", "forecast", "boundary", "change"] = "none"
+    signal: Literal["none", "residual", "hidden", "modulated", "forecast", "boundary", "change", "drift"] = "none"
     test: Literal["below", "sum", "book"] = "below"
     threshold: float = 0.0
     coefficients: str = ""
@@ -89,6 +91,8 @@ class Cache(Pass):
                 f"cache{{order={self.order}}}: {self.predictor} has no order to choose; choose predictor=taylor, "
                 "newton, lagrange or hermite"
             )
+        if not 0 <= self.since < self.until <= 1:
+            raise RecipeError(f"cache{{since={self.since},until={self.until}}}: expected 0 <= since < until <= 1")
         if set(self.mask) - {"0", "1"}:
             raise RecipeError(f"cache{{mask={self.mask}}}: expected a text of 1 (compute) and 0 (reuse), one a step")
         if self.mask.startswith("0"):
@@ -126,15 +130,18 @@ class Cache(Pass):
     def schedule(self) -> Interval:
         """The steps that compute in any case."""
         every = self.every if self.every != -1 else 2 if self.signal == "none" else 0
-        return Interval(every, self.first, self.last, self.mask)
+        return Interval(every, self.first, self.last, self.mask, self.since, self.until)
 
     def run(self, program: Program, context: Context) -> Outcome:
         if self.mask and context.steps and len(self.mask) != context.steps:
             raise RecipeError(
                 f"mask has {len(self.mask)} steps, the request has {context.steps}: give one digit a step"
             )
+        timed = self.time == "timestep" and self.predictor != "hold"
+        if timed and not any(i.role == "timestep" for i in program.inputs):
+            return Outcome(program, 0, ("there is no timestep to measure distance in; cache{time=step} counts steps",))
         selections = select_regions(program, self.region)
-        taken = {r for d in program.decisions for r in d.regions}
+        taken = {r for d in program.decisions if not self._apart(d) for r in d.regions}
         for region in (i for s in selections for i in s.ids):
             if any(
                 region == t or region.startswith(f"{t}.") or t.startswith(f"{region}.") or "model" in (region, t)
@@ -154,6 +161,12 @@ class Cache(Pass):
         if not applied:
             return Outcome(program, 0, tuple(refused) or ("nothing that leaves the region depends on the latent",))
         return Outcome(program, applied, tuple(refused))
+
+    def _apart(self, other: Decision) -> bool:
+        """Whether this cache and ``other`` are never at work in the same step."""
+        a, b = self.schedule, other.schedule
+        static = self.signal == "none" and other.rule is None and not (a.mask or b.mask)
+        return static and (a.until <= b.since or b.until <= a.since)
 
     def keeping(self) -> Keeping:
         """What is kept, and how it is predicted."""
@@ -219,9 +232,11 @@ def _book(text: str) -> tuple[tuple[float, ...], ...]:
         bound, _, steps = word.partition(":")
         try:
             pairs.append((float(bound), float(int(steps))))
+            if int(steps) < 1:
+                raise ValueError(steps)
         except ValueError:
             raise RecipeError(
-                f"cache{{book={text}}}: {word!r} is no bound:steps; write as in '0.03:12 inf:3'"
+                f"cache{{book={text}}}: {word!r} is no bound:steps, 1 step or more; write as in '0.03:12 inf:3'"
             ) from None
     if pairs and ([b for b, _ in pairs] != sorted({b for b, _ in pairs}) or pairs[-1][0] != math.inf):
         raise RecipeError(f"cache{{book={text}}}: bounds must rise, and the last one be inf")

@@ -76,7 +76,7 @@ class _Real:
             if node.op == "placeholder" or (node.op == "call_function" and is_call(node)):
                 node.meta["val"] = self._type(node.meta["val"])
             elif node.op == "call_function" and ({node, *node.all_input_nodes} & self.complex):
-                new = self._rewritten(node)
+                new = self._laid_out(node, self._rewritten(node))
                 node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
                 results = [new if r is node else r for r in results]
                 self.e.graph.erase_node(node)
@@ -96,7 +96,7 @@ class _Real:
         if not _is_complex(value):
             return value
         with self.e.mode:
-            return torch.view_as_real(value)
+            return torch.view_as_real(value.resolve_conj())
 
     def _op(self, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return self.e.op(target, *args, at=node, region=str(node.meta["region"]), **kwargs)
@@ -110,6 +110,19 @@ class _Real:
         if node.target in _MOVES:
             return self._moved(node)
         raise DitoptError(f"{node.target} of complex values has no real form yet; run this model on target='eager'")
+
+    def _laid_out(self, node: fx.Node, new: fx.Node) -> fx.Node:
+        """``new`` with the strides that ``node`` had: a pair is packed anew, and a later view may need the old ones."""
+        old, got = node.meta["val"], new.meta["val"]
+        if not isinstance(old, torch.Tensor):  # the parts of a split; each is taken by a getitem
+            return new
+        strides = [*(2 * s for s in old.stride()), 1] if old.is_complex() else list(old.stride())
+        if all(a == b for a, b, size in zip(strides, got.stride(), got.shape, strict=True) if size != 1):
+            return new
+        order = sorted(range(got.ndim), key=lambda d: -strides[d])
+        packed = self._op(node, aten.permute.default, new, order)
+        packed = self._op(node, aten.clone.default, packed, memory_format=torch.contiguous_format)
+        return self._op(node, aten.permute.default, packed, [order.index(d) for d in range(got.ndim)])
 
     # -- operators that move values --------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ def choose_step(ready: Ready, rules: Mapping[str, Schedule], memory: Memory, now
                 controls[d.row] = [_row(d, now.step)]
             gram = grams[d.name][1] if d.gram else ()
             controls[d.weights] = coefficients(d, d.predictor, before, now, ready.steps, gram)
-        else:
+        elif graph.choices.get(d.name, COMPUTE) == COMPUTE:
             anchors[d.name] = (now, *before)[: d.depth]
             courses[d.name] = memory.courses.get(d.name, Course()).computed() if d.rule else Course()
     return Choice(wanted, graph, controls, Memory(anchors, courses, grams), measured)

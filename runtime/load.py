@@ -8,19 +8,17 @@ authorship: load files of people you trust.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from ditopt.artifact import Manifest, Plan, read_manifest
-from ditopt.errors import ArtifactError, BadInput, SessionError
+from ditopt.errors import ArtifactError, BadInput
 from ditopt.runtime.account import Stats
+from ditopt.runtime.arguments import Arguments
 from ditopt.runtime.ort import ort_executables
 from ditopt.runtime.session import Session
 
@@ -46,9 +44,9 @@ class LoadedModel:
     """An exported model: call it as the original was called, once a step.
 
     Arguments are tensors (or NumPy arrays; Python numbers where the input is a scalar) by the parameter names of the
-    model, nested dicts and lists for dotted names, or by position. ``manifest.extra`` may carry ``signature`` (the
-    parameter names of the model's forward, for positional arguments; else the order of the inputs) and ``constants``
-    (what the export saw for arguments that are no tensors: these may be repeated, not changed).
+    model, or by position; nested dicts, lists and tuples as the model takes them. ``manifest.extra`` may carry
+    ``signature`` (the parameter names of the model's forward, for positional arguments; else the order of the inputs)
+    and ``constants`` (see Arguments).
     """
 
     def __init__(self, plan: Plan, where: str = "artifact", session: Session | None = None) -> None:
@@ -56,25 +54,23 @@ class LoadedModel:
         self.manifest = plan.manifest
         self.session = Session() if session is None else session
         self._where = where
-        self._inputs = {i.name: i for i in self.manifest.inputs}
-        top = dict.fromkeys(name.split(".")[0] for name in self._inputs)
-        self._order = tuple(self.manifest.extra.get("signature") or top)
-        self._constants = dict(_leaves(self.manifest.extra.get("constants", {})))
+        self._arguments = Arguments(self.manifest, where)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """One step. BadInput for arguments the model does not have, SessionError for a shape or dtype it was not
-        exported for. An Output, a tuple or (``manifest.structure`` "single") a tensor, as the model gave;
-        ``return_dict=False`` gives a tuple in place of an Output."""
-        if len(args) > len(self._order):
-            raise BadInput(f"{len(args)} positional arguments given, {self._where} takes {self._expected()}")
-        named = dict(zip(self._order, args, strict=False))
+        """One step. BadInput for arguments that this signature does not have or that are no tensors and differ from
+        what was exported, SessionError for a shape or dtype it was not exported for. An Output, a tuple or
+        (``manifest.structure`` "single") a tensor, as the model gave; ``return_dict=False`` gives a tuple in place of
+        an Output."""
+        order = self._arguments.order
+        if len(args) > len(order):
+            raise BadInput(f"{len(args)} positional arguments given, {self._where} takes {self._arguments}")
+        named = dict(zip(order, args, strict=False))
         twice = named.keys() & kwargs.keys()
         if twice:
             raise BadInput(f"{', '.join(sorted(twice))} given by position and by name")
         named |= kwargs
         plain = self._wants_tuple(named.pop("return_dict", None))
-        given = self._tensors(named)
-        outputs = self.session.call(self.plan, [given[name] for name in self._inputs])
+        outputs = self.session.call(self.plan, self._arguments.tensors(named))
         if self.manifest.structure == "single":
             return outputs[0]
         if plain or isinstance(self.manifest.structure, str):
@@ -102,55 +98,6 @@ class LoadedModel:
                 f"{self._where} was exported with return_dict=False and gives a tuple; leave return_dict out"
             )
         return return_dict is not None and not return_dict
-
-    def _tensors(self, named: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Input name -> checked tensor."""
-        given: dict[str, Tensor] = {}
-        for name, value in _leaves(named):
-            wanted = self._inputs.get(name)
-            if wanted is None:
-                self._check_constant(name, value)
-                continue
-            if isinstance(value, (bool, int, float)):
-                value = torch.tensor(value, dtype=wanted.type.dtype)
-            elif not isinstance(value, Tensor):
-                if value is None:
-                    continue  # reported below as missing
-                try:
-                    value = torch.as_tensor(value)
-                except (TypeError, ValueError, RuntimeError):
-                    raise BadInput(
-                        f"{name} is a {type(value).__name__}; {self._where} expects a tensor there"
-                    ) from None
-            if value.dtype != wanted.type.dtype or tuple(value.shape) != wanted.type.shape:
-                raise SessionError(
-                    f"{name} is {_describe(value.dtype, value.shape)}, but {self._where} was exported for "
-                    f"{_describe(wanted.type.dtype, wanted.type.shape)}; convert it, or export again with such inputs"
-                )
-            given[name] = value
-        missing = [name for name in self._inputs if name not in given]
-        if missing:
-            raise BadInput(f"{', '.join(missing)} not given; {self._where} takes {self._expected()}")
-        return given
-
-    def _check_constant(self, name: str, value: Any) -> None:
-        """An argument that is no input: None, an empty container, or what the export saw."""
-        if isinstance(value, (Tensor, np.ndarray)):
-            raise BadInput(f"unknown input {name!r}; {self._where} takes {self._expected()}")
-        value = list(value) if isinstance(value, tuple) else value  # as JSON has it
-        if name in self._constants:
-            if value != self._constants[name]:
-                saw = self._constants[name]
-                raise BadInput(
-                    f"{name}={value!r} given, but {self._where} was exported with {name}={saw!r}; export again"
-                )
-        elif value is not None and value != {} and value != []:
-            raise BadInput(
-                f"{name}={value!r} given, but {self._where} was exported without it; it takes {self._expected()}"
-            )
-
-    def _expected(self) -> str:
-        return ", ".join(f"{i.name}: {_describe(i.type.dtype, i.type.shape)}" for i in self._inputs.values())
 
 
 def load_onnx(path: str | Path, session: Session | None = None) -> LoadedModel:
@@ -194,19 +141,3 @@ def _check_files(file: Path, manifest: Manifest) -> None:
             raise ArtifactError(
                 f"{file.parent / name} is damaged or of another export (sha256 differs); export the model again"
             )
-
-
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, leaf) of nested dicts, lists and tuples."""
-    if isinstance(value, Mapping) and (value or not prefix):
-        for key, item in value.items():
-            yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(value, (list, tuple)) and any(isinstance(v, (Tensor, Mapping)) for v in value):
-        for k, item in enumerate(value):
-            yield from _leaves(item, f"{prefix}.{k}")
-    else:
-        yield prefix, value
-
-
-def _describe(dtype: torch.dtype, shape: Any) -> str:
-    return f"{str(dtype).removeprefix('torch.')}{json.dumps(list(shape))}"

@@ -46,6 +46,13 @@ def _onnxruntime() -> Any:
         raise MissingExtra(f"{error} (or, for an NVIDIA GPU, 'ditopt[gpu]'; the two exclude each other)") from error
 
 
+def _place(name: str, tensor: Tensor, spare: Tensor) -> tuple[Any, ...]:
+    """What onnxruntime's bindings want to know of a tensor."""
+    address = tensor.data_ptr() or spare.data_ptr()
+    device = tensor.device
+    return name, device.type, device.index or 0, _TYPES[tensor.dtype][0], list(tensor.shape), address
+
+
 class _Graph:
     """An Executable. Holds one InferenceSession for each device it met."""
 
@@ -64,6 +71,7 @@ class _Graph:
         device = home if on_gpu else torch.device("cpu")
         tensors = [t.detach().to(device).contiguous() for t in tensors]
 
+        spare = torch.empty(1, dtype=torch.float64, device=device)  # a tensor without elements has no address to bind
         binding = session.io_binding()
         for wanted, t in zip(session.get_inputs(), tensors, strict=True):
             if _DTYPES.get(wanted.type) is not t.dtype or list(wanted.shape) != list(t.shape):
@@ -71,12 +79,10 @@ class _Graph:
                     f"input {wanted.name!r} of graph {self._name!r} is {wanted.type}{wanted.shape}, "
                     f"given is {t.dtype}{list(t.shape)}"
                 )
-            binding.bind_input(
-                wanted.name, device.type, device.index or 0, _TYPES[t.dtype][0], list(t.shape), t.data_ptr()
-            )
+            binding.bind_input(*_place(wanted.name, t, spare))
         outputs = [torch.empty(o.shape, dtype=_DTYPES[o.type], device=device) for o in session.get_outputs()]
         for o, t in zip(session.get_outputs(), outputs, strict=True):
-            binding.bind_output(o.name, device.type, device.index or 0, _TYPES[t.dtype][0], list(t.shape), t.data_ptr())
+            binding.bind_output(*_place(o.name, t, spare))
         if on_gpu:  # torch and onnxruntime use different streams
             torch.cuda.current_stream(device).synchronize()
         session.run_with_iobinding(binding)

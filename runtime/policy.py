@@ -7,6 +7,7 @@ request, for reports and for the ONNX manifest), so that the printed schedule is
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,8 @@ from ditopt.errors import DitoptWarning, SessionError
 from ditopt.ir.program import Decision, Interval, Predictor
 from ditopt.runtime.predict import weights
 
-COMPUTE, REUSE = "compute", "reuse"
+COMPUTE, REUSE, BYPASS = "compute", "reuse", "bypass"
+"""Choices of a decision: compute and keep, predict, or compute and keep nothing, because no later step will read it."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,25 @@ class Schedule:
     def __call__(self, step: int) -> bool:
         if self.interval.mask:
             return step >= len(self.interval.mask) or self.interval.mask[step] == "1"
-        warm = max(self.interval.first, 1)  # nothing is cached before the first step
+        if self.idle(step):
+            return True
+        # nothing is cached before the first step
+        warm = max(self.interval.first, int(self.window[0]) + 1)
         if step < warm or (self.interval.every and (step - warm + 1) % self.interval.every == 0):
             return True
         return self.steps is not None and step >= self.steps - self.interval.last
+
+    def idle(self, step: int) -> bool:
+        """Whether ``step`` lies outside the window, where values are computed and not kept."""
+        low, high = self.window
+        return step < low or step >= high
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """The first step of the window, and the one behind its last."""
+        if self.steps is None or (self.interval.since, self.interval.until) == (0.0, 1.0):
+            return 0, math.inf
+        return math.ceil(self.interval.since * self.steps), math.ceil(self.interval.until * self.steps)
 
     def first_reuse(self) -> int | None:
         """The first step that does not compute; None where every step computes."""
@@ -62,6 +79,11 @@ def schedule(interval: Interval, steps: int | None, name: str = "cache") -> Sche
         return Schedule(interval, len(interval.mask))
     if interval.every < 0 or interval.first < 0 or interval.last < 0:
         raise SessionError(f"decision {name!r}: {interval} given; every, first and last must be at least 0")
+    if steps is None and (interval.since, interval.until) != (0.0, 1.0):
+        raise SessionError(
+            f"decision {name!r} holds within a part of the request ({interval.since:g} to {interval.until:g}), and the "
+            "number of steps is unknown; pass steps= to optimize or open a session with steps="
+        )
     if interval.last and steps is None and interval.every != 1:
         warnings.warn(
             f"decision {name!r} asks that the last {interval.last} steps compute, but the number of steps is unknown, "
@@ -81,11 +103,13 @@ class Anchor:
 
 
 def choose(rule: Schedule, anchors: Sequence[Anchor], step: int) -> str:
-    """ "compute" or "reuse" at ``step``, given the computed steps of this branch, newest first.
+    """ "compute", "reuse" or "bypass" at ``step``, given the computed steps of this branch, newest first.
 
     A branch without a value computes. So does one that was not called at a step when it should have computed
     (guidance intervals): its value is older than the schedule allows.
     """
+    if rule.idle(step):
+        return BYPASS
     if not anchors:
         return COMPUTE
     since = range(min(anchors[0].step + 1, step), step + 1)
@@ -102,8 +126,9 @@ def coefficients(
 ) -> list[float]:
     """The weights of ``predictor`` (that of ``decision``, or of its rule) at ``now``; see predict.weights."""
     used = list(anchors)
-    if predictor.basis in ("taylor", "hermite") and not decision.schedule.mask:
+    if predictor.basis in ("taylor", "hermite") and not decision.schedule.mask and decision.rule is None:
         # TaylorSeer forms differences only from step first - 1 on: values older than first - 2 never enter one.
+        # Where a rule decides (DBCache, CG-Taylor), every computed step counts.
         oldest = decision.schedule.first - 2
         used = [a for i, a in enumerate(anchors) if i == 0 or a.step >= oldest]
     progress = None if steps is None else min(now.step / max(steps - 1, 1), 1.0)
@@ -116,7 +141,10 @@ def coefficients(
 
 def fit(wanted: Mapping[str, str], graphs: Sequence[StepGraph]) -> StepGraph:
     """The graph to run for ``wanted``: the one with exactly these choices, else the cheapest one that computes more
-    and never less (``graphs[0]`` computes everything)."""
+    and never less (``graphs[0]`` computes, and keeps, everything)."""
+    for graph in graphs:
+        if dict(graph.choices) == dict(wanted):
+            return graph
     reuse = {name for name, choice in wanted.items() if choice == REUSE}
     allowed = [(g, {n for n, c in g.choices.items() if c == REUSE}) for g in graphs]
     allowed = [(g, r) for g, r in allowed if r <= reuse]
@@ -130,8 +158,8 @@ def fit(wanted: Mapping[str, str], graphs: Sequence[StepGraph]) -> StepGraph:
 
 @dataclass(frozen=True)
 class TableRow:
-    """One step of a dry run: decision name -> "compute" | "reuse", decision name -> coefficients (``predictor.size`` of
-    them; zeros where the step computes)."""
+    """One step of a dry run: decision name -> "compute" | "reuse" | "bypass", decision name -> coefficients
+    (``predictor.size`` of them; zeros where the step computes)."""
 
     step: int
     choices: Mapping[str, str]
@@ -173,6 +201,7 @@ def table(
                 row[d.name] = coefficients(d, d.predictor, anchors[d.name], now, steps)
             else:
                 row[d.name] = [0.0] * d.predictor.size
+            if choices[d.name] == COMPUTE:
                 anchors[d.name] = [now, *anchors[d.name]][: d.depth]
         rows.append(TableRow(step, choices, row))
     return rows
@@ -180,9 +209,20 @@ def table(
 
 def distinct(decisions: Sequence[Decision], steps: int) -> list[Mapping[str, str]]:
     """The combinations of choices that a request of ``steps`` steps takes, the most frequent first."""
-    rules = {d.name: schedule(d.schedule, steps, d.name) for d in decisions}
-    rows = [tuple(COMPUTE if step == 0 or rule(step) else REUSE for rule in rules.values()) for step in range(steps)]
-    return [dict(zip(rules, row, strict=True)) for row, _ in Counter(rows).most_common()]
+    columns = [_choices(schedule(d.schedule, steps, d.name), steps) for d in decisions]
+    rows = Counter(zip(*columns, strict=True))
+    return [dict(zip([d.name for d in decisions], row, strict=True)) for row, _ in rows.most_common()]
+
+
+def _choices(rule: Schedule, steps: int) -> list[str]:
+    """What a branch that is called at every step does."""
+    anchors: list[Anchor] = []
+    out = []
+    for step in range(steps):
+        out.append(choose(rule, anchors, step))
+        if out[-1] == COMPUTE:
+            anchors = [Anchor(step)]
+    return out
 
 
 def needed(decision: Decision, rule: Schedule, step: int) -> int | None:

@@ -19,7 +19,7 @@ SIGMA = 0.5
 """HiCache's contraction of Hermite polynomials (arXiv 2508.16984)."""
 
 HORIZON = 3.0
-"""FoCa trusts its slope for this many steps; beyond, what it adds stays as it was there."""
+"""FoCa trusts its slope for this many steps; beyond, what it adds shrinks as HORIZON / distance."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def weights(
     ab2         Adams-Bashforth: newest + k (3/2 f0 - 1/2 f1), f0 and f1 the last two slopes.
     ramp        FasterCache (arXiv 2410.19355): newest + w (newest - the one before), w = progress of the request.
     foca        FoCa (arXiv 2508.16211) as cache-dit runs it: newest + k/2 ((newest - the one before) + (F0 - F1)), F0
-                and F1 the last two values, computed or predicted; from k = HORIZON on, what is added stays.
+                and F1 the last two values, computed or predicted; beyond k = HORIZON what is added there is blended
+                out, by HORIZON / k.
     dmd         dynamic mode decomposition of the newest computed values that are equally far apart; with fewer than 4
                 of these hermite of order 1.
     """
@@ -163,7 +164,7 @@ def _ramp(where: At) -> list[float]:
 
 
 def _foca(where: At) -> list[float]:
-    half = min(where.distance, HORIZON) / 2
+    half = min(where.distance, HORIZON * HORIZON / where.distance) / 2
     if len(where.positions) < 2:
         return [1.0]
     return [1 + half, -half, half, -half]

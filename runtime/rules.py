@@ -16,8 +16,8 @@ from ditopt.ir.program import Rule
 @dataclass(frozen=True)
 class Course:
     """``sum``: of what was measured since the last computed step; ``spent``: the part of it that reused steps measured;
-    ``run``, ``total``: reused steps in a row, and in the request; ``hold``: steps that the book still grants, None
-    where it has to be asked; ``held``: how many it granted last."""
+    ``run``, ``total``: reused steps in a row, and in the request; ``hold``: reused steps that the book still grants,
+    None where it has to be asked; ``held``: distance between the two newest computed steps."""
 
     sum: float = 0.0
     spent: float = 0.0
@@ -28,7 +28,7 @@ class Course:
 
     def computed(self) -> Course:
         """After a step that computed, for whatever reason."""
-        return replace(self, sum=0.0, spent=0.0, run=0, hold=None)
+        return replace(self, sum=0.0, spent=0.0, run=0, hold=None, held=self.run + 1)
 
 
 def asks(rule: Rule, course: Course) -> bool:
@@ -48,9 +48,9 @@ def decide(rule: Rule, course: Course, measured: float | None, name: str = "cach
     if rule.test == "book":
         hold = course.hold
         if measured is not None:
-            hold = looked_up(rule, measured / course.held)
-            course = replace(course, held=max(hold, 1))
-        if not hold or (rule.longest and course.run >= rule.longest) or (rule.most and course.total >= rule.most):
+            hold = looked_up(rule, measured / course.held) - 1
+        capped = (rule.longest and course.run >= rule.longest) or (rule.most and course.total >= rule.most)
+        if hold is None or hold <= 0 or capped:
             return False, course.computed()
         return True, replace(course, hold=hold - 1, run=course.run + 1, total=course.total + 1)
     assert measured is not None
@@ -76,5 +76,6 @@ def shaped(rule: Rule, measured: float) -> float:
 
 
 def looked_up(rule: Rule, measured: float) -> int:
-    """The number of steps that the book grants: that of the first bound above what was measured."""
-    return next((int(steps) for bound, steps in rule.book if measured < bound), 0)
+    """How many steps after the last computed one the next is: the book's number at the first bound above what was
+    measured."""
+    return next((int(steps) for bound, steps in rule.book if measured < bound), 1)

@@ -79,6 +79,14 @@ class Session:
         """The executed calls of the running or last request, in order."""
         return list(self._ledger.rows)
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the memory in which slots live now, those of all guidance branches."""
+        kept = [t for b in self._branches.values() for t in b.slots.values()]
+        kept += [t for ready in self._plans.values() for t in ready.lasting.values()]
+        memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        return sum(memory.values())
+
     # -- requests ------------------------------------------------------------------------------------------------
 
     def begin(self, steps: int | None = None, timesteps: Sequence[float] | Tensor | None = None) -> None:

@@ -6,11 +6,12 @@ Its second block is cached (Taylor, order 1) and its conditioning is a memo, so 
 import dataclasses
 import warnings
 
+import onnxruntime
 import torch
 from torch.nn.functional import embedding, gelu, layer_norm, linear, scaled_dot_product_attention, silu
 
 from ditopt.artifact import Manifest, Plan, StepGraph, Update
-from ditopt.codegen.onnx.export import export_artifact
+from ditopt.codegen.onnx.export import WeightStore, export_artifact, export_graph
 from ditopt.ir.program import Decision, Formal, Input, Interval, Memo, Predictor, StateSlot, TensorType
 from ditopt.runtime.policy import fit, table
 
@@ -84,6 +85,23 @@ def graph_of(fn, w, names, formals, types):
 
 def eager(module):
     return lambda args: module(*args)
+
+
+def session(file):
+    """The file, loaded by onnxruntime."""
+    return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+
+def one_graph(fn, example, tmp_path, w=None, outputs=1, updates=(), name="g"):
+    """Export ``fn(w, *example)`` as one graph; its onnxruntime session."""
+    w = w or {}
+    formals = [Formal("input", f"in{k}") for k in range(len(example))]
+    module, formals, values = graph_of(fn, w, list(w), formals, [TensorType.of(t) for t in example])
+    store = WeightStore("w.safetensors")
+    graph = StepGraph(name, {}, formals, outputs, updates)
+    export_graph(graph, module, w, values, tmp_path / "g.onnx", store)
+    store.write(tmp_path)
+    return session(tmp_path / "g.onnx")
 
 
 class Toy:

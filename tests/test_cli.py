@@ -36,7 +36,7 @@ def shell(*argv: str, **more) -> subprocess.CompletedProcess[str]:
     [
         ([], "required: command"),
         (["bogus"], "invalid choice: 'bogus'"),
-        (["recipes", "taylo"], "did you mean 'taylorseer'?"),
+        (["recipes", "taylorser"], "did you mean 'taylorseer'?"),
         (["demo", "--steps", "0"], "expected a whole number from 1 on"),
         (["demo", "--out", "no/such/folder/r.html"], "does not exist; make it first"),
         (["demo", "--model", "digit", "--out", os.devnull], "did you mean 'digits'?"),
@@ -136,7 +136,11 @@ def test_a_closed_pipe_is_no_error():
 def test_recipes_lists_and_describes(capsys):
     code, out, _ = run(capsys, "recipes")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["fora", "forecast", "lossless", "taylorseer"]
+    listed = {line.split()[0]: line for line in out.splitlines()}
+    assert list(listed) == sorted(listed)
+    assert {"dbcache", "fora", "forecast", "lossless", "taylorseer"} < set(listed)
+    assert listed["magcache"].endswith("[threshold=0.06, max_skip_steps=3, retention_ratio=0.2; fitted to a model]")
+    assert "fitted" not in listed["fora"]
     code, out, _ = run(capsys, "recipes", "taylorseer")
     assert code == 0
     for expected in ("arXiv 2503.06923", "interval=3", "order=3", "cache_interval", "predictor=taylor"):
@@ -165,7 +169,7 @@ def test_show_stops_where_asked(capsys):
 def test_diff_of_one_pass(capsys):
     code, out, _ = run(capsys, "diff", TINY, "--recipe", "fora{interval=2}", "--pass", "cache")
     assert code == 0
-    assert out.startswith("cache{region=blocks.*.attn|blocks.*.mlp}: applied 6")
+    assert out.startswith("cache{region=blocks.*.attn|blocks.*.mlp,every=2}: applied 6")
     assert "+state = [" in out
     assert "hoist_invariants: applied" not in out
 
@@ -191,16 +195,18 @@ def test_a_shipped_model_is_called_as_its_pipeline_calls_it(name):
     assert times(7)[0] > times(7)[-1] > 0
     assert kwargs["hidden_states"].shape[0] in (1, 2), "one prompt; guidance may double it"
     given, made = kwargs["hidden_states"].shape, model(**kwargs)[0].shape
-    assert (made[0], made[2:]) == (given[0], given[2:])  # it may read more channels than it predicts
+    differ = [(a, b) for a, b in zip(made, given, strict=True) if a != b]
+    assert len(differ) <= 1, "only the number of channels may differ"
+    assert all(a < b for a, b in differ), "it may read more channels than it predicts"
 
 
 # -- demo and bench: everything but the sampling -----------------------------------------------------------------------
 
 
-def test_every_recipe_and_every_target_is_in_the_demo():
+def test_every_target_is_in_the_demo():
     from ditopt.recipe import available
 
-    assert {r for r, t in demo.DEMO if t == "eager"} == set(available())
+    assert {"lossless", "fora", "taylorseer"} < {r for r, t in demo.DEMO if t == "eager"} <= set(available())
     assert {t for _, t in demo.DEMO} == {"eager", "inductor", "onnxruntime"}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def capture_once(monkeypatch):
             made[spec.key] = capture(model, spec, *rest)
         return made[spec.key]
 
-    monkeypatch.setattr("ditopt.engine.capture", once)
+    monkeypatch.setattr("ditopt.capture.captures.capture", once)
     return made
 
 
@@ -73,6 +74,7 @@ def test_the_readme_shows_the_table():
 
 GOOD = Row("flux", "export", 600, 6, 6, 2, 0.4, YES, YES, YES, 3.0, 1.5)
 BAD = Row("wan", "export", 400, 2, 3, 2, 0.1, YES, "no: no site", "no: NaN", 2.0, 2.0)
+TIMELESS = replace(GOOD, name="temporal", cached="none: it has no steps")
 REFUSED = Row("dit", "refused: it looks at values", exact="no: no graph", cached="no: no graph", onnx="no: no graph")
 
 
@@ -110,6 +112,17 @@ def test_the_markdown_counts_and_explains():
     assert "| wan | export | ✗ 2 of 3 | 2 | 10% | ✓ | ✗ | ✗ |" in text
     assert "* wan: blocks: 2 of 3; cached: no site; onnx: NaN" in text
     assert "* flux" not in text
+
+
+def test_a_question_that_does_not_apply_is_neither_passed_nor_failed():
+    assert not TIMELESS.green
+    assert TIMELESS.reasons() == []
+    assert [c for c in COLUMNS if not TIMELESS.applies(c)] == ["cached"]
+    text = coverage.markdown([GOOD, TIMELESS])
+    assert "**Of 2: captured 2, blocks 2, exact 2, cached 1 of 1, onnx 2; all five 1.**" in text
+    assert "| temporal | export | 6 | 2 | 40% | ✓ | n/a | ✓ |" in text
+    assert "What fails" not in text
+    assert "What does not apply, and why:\n\n* temporal: cached: it has no steps" in text
 
 
 def test_what_is_measured_can_be_chosen():

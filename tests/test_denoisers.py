@@ -19,6 +19,8 @@ def changed(value: Any, noise: torch.Generator) -> Any:
             return value // 2 + 1
         scale, shift = (torch.rand(value.shape, generator=noise) for _ in range(2))
         return value * (0.5 + scale) + 0.3 * shift
+    if isinstance(value, dict):
+        return {k: changed(v, noise) for k, v in value.items()}
     return type(value)(changed(v, noise) for v in value)
 
 

@@ -11,8 +11,9 @@ import pytest
 
 import ditopt.passes
 from ditopt import pipeline
+from ditopt import recipe as recipes
 from ditopt.errors import RecipeError
-from ditopt.recipe import Recipe, Step, available
+from ditopt.recipe import Recipe, Step, available, named
 
 STUB = """
 from __future__ import annotations
@@ -172,12 +173,15 @@ def test_toml_and_json_files(stub, tmp_path):
         ("{interval}", "3", "[parameters.interval] is nowhere in passes"),
         ("{share}", "{shar}", "[parameters.share] is nowhere in passes"),
         ("every={interval}", "every={interval},region={where}", "passes uses {where}"),
-        ("min = 2", "max = 2", "[parameters.interval] needs"),
+        ("min = 2", "most = 2", "[parameters.interval] needs"),
+        ('doc = "how much"', 'doc = "how much"\nchoices = {a = "4"}', "the default 0.5 is none of its choices a"),
+        ('doc = "how much"', 'doc = "how much"\nchoices = [3]', "choices is a table of words"),
         ('doc = "how often"', "", "[parameters.interval] needs"),
         ("default = 4", "default = [4]", "not [4]"),
         ('name = "mine"', 'name = "mine"\ntitle = 3', "the field title is text"),
         ('name = "mine"', 'name = "mine"\nnotes = "one"', "the field notes is a list"),
         ('name = "mine"', 'name = "mine"\ncontract = "close"', "'close'"),
+        ('name = "mine"', 'name = "mine"\ncalibration = 3', "the field calibration is text"),
         ('name = "mine"', "name = ", "is not TOML"),
         ("stub_options{every", "stub_option{every", "recipe mine: no recipe and no pass"),
     ],
@@ -203,13 +207,67 @@ def test_a_missing_file_is_named(tmp_path):
         Recipe.parse(tmp_path / "nowhere.toml")
 
 
+CHOICES = """
+name = "mine"
+passes = "stub_options{{how},share={share}}"
+[parameters.how]
+default = "often"
+doc = "how"
+choices = {often = "every={interval}", once = "region=model"}
+[parameters.interval]
+default = 4
+min = 2
+max = 9
+doc = "how often"
+[parameters.share]
+default = 0.5
+doc = "how much"
+"""
+
+
+@pytest.fixture
+def mine(stub, monkeypatch):
+    """A system whose parameter has choices, under its name."""
+    monkeypatch.setattr(recipes, "available", lambda: {"mine": recipes._system(CHOICES, "mine.toml")})
+
+
+def test_a_choice_stands_for_recipe_text(mine):
+    assert str(Recipe.parse("mine")) == "stub_options{every=4,share=0.5}"
+    assert str(Recipe.parse("mine{interval=9}")) == "stub_options{every=9,share=0.5}"
+    assert str(Recipe.parse("mine{how=once,share=1}")) == "stub_options{region=model,share=1.0}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("mine{how=offen}", "got 'offen'; did you mean 'often'"),
+        ("mine{how=once,interval=3}", "recipe mine: interval has no effect with how=once; leave it out"),
+        ("mine{interval=10}", "expected at most 9, got 10"),
+        ("mine{interval=1}", "expected at least 2, got 1"),
+    ],
+)
+def test_a_choice_or_a_number_that_does_not_fit(mine, text, said):
+    with pytest.raises(RecipeError) as error:
+        Recipe.parse(text)
+    assert said in str(error.value)
+
+
+def test_a_choice_holds_no_other_choice(stub, tmp_path):
+    text = CHOICES.replace("every={interval}", "every={how}").replace("{share}", "{share},every={interval}")
+    path = write(tmp_path, text)
+    with pytest.raises(RecipeError, match=r"the choice 'every=\{how\}' uses \{how\}, which is no parameter without"):
+        Recipe.parse(path)
+
+
 # -- what ships --------------------------------------------------------------------------------------------------------
 
-SHIPPED = ("fora", "forecast", "lossless", "taylorseer")
+FITTED = tuple(name for name, system in available().items() if system.calibration and not system.passes)
+SHIPPED = tuple(name for name in available() if name not in FITTED)
 
 
-def test_the_shipped_recipes_are_these():
-    assert tuple(available()) == SHIPPED
+def test_recipes_are_named_apart():
+    assert {"lossless", "fora", "taylorseer", "forecast"} <= set(SHIPPED)
+    assert {"magcache", "smoothcache"} <= set(FITTED)
     assert not set(available()) & set(pipeline.names()), "a recipe and a pass share a name"
 
 
@@ -224,6 +282,61 @@ def test_a_shipped_recipe_is_complete(name):
     assert Recipe.parse(str(recipe)) == recipe
     contracts = {pipeline.get(s.name).contract for s in recipe.steps}
     assert system.contract == ("exact" if contracts == {"exact"} else "approximate")
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_fitted_system_is_complete(name):
+    system = available()[name]
+    assert system.name == name
+    assert system.title
+    assert system.source
+    assert not system.passes
+    assert all(p.doc for p in system.parameters)
+    first = system.parameters[0]
+    for text in (
+        name,
+        f"{name}{{{first.name}={pipeline.print_value(first.default)}}}",
+        f"lossless, {name}",
+    ):
+        with pytest.raises(RecipeError, match=rf"{name} is fitted to a model: r = ditopt\.calibrate\(model, '{name}'"):
+            Recipe.parse(text)
+
+
+def test_a_system_with_its_parameters():
+    system, values = named("magcache{K=5,thresh=0.24}")
+    assert (system.name, system.calibration) == ("magcache", "magcache")
+    assert values == {"threshold": 0.24, "max_skip_steps": 5, "retention_ratio": 0.2}
+    for text, said in (
+        ("magcach", "did you mean 'magcache'"),
+        ("magcache{K=-1}", "expected at least 0, got -1"),
+        ("magcache{k=1}", "no parameter 'k'"),
+        ("lossless, magcache", "names 2 recipes or passes; expected one system"),
+        ("nowhere.toml", r"nowhere.toml cannot be read"),
+        (3, "a int was given; expected the name of a system"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            named(text)  # type: ignore[arg-type]
+
+
+def test_what_a_recipe_was_fitted_to_stays_with_it(stub, tmp_path):
+    key = {"steps": "30", "latent": "4x8x8"}
+    recipe = Recipe(Recipe.parse("stub_options{every=4}").steps, "mine", key)
+    key["steps"] = "another"
+    assert recipe.calibrated == {"steps": "30", "latent": "4x8x8"}, "a copy"
+    for again in (
+        Recipe.parse(recipe),
+        Recipe.from_json(recipe.to_json()),
+        Recipe.parse(write(tmp_path, recipe.to_json(), "fitted.json")),
+        pickle.loads(pickle.dumps(recipe)),
+    ):
+        assert again == recipe
+        assert (again.name, again.calibrated) == ("mine", recipe.calibrated)
+    assert str(recipe) == "stub_options{every=4}"
+    assert Recipe.parse(str(recipe)) == recipe
+    assert hash(Recipe.parse(str(recipe))) == hash(recipe)
+    assert "calibrated" not in Recipe.parse("stub_options").to_json()
+    with pytest.raises(RecipeError, match="recipe is not a recipe that"):
+        Recipe.from_json('{"ditopt_recipe": 1, "steps": [], "calibrated": 3}')
 
 
 def test_parameters_land_where_the_file_says():

@@ -23,7 +23,8 @@ NAMES = list(ZOO)
             "prompt",
             "encoder_hidden_states encoder_hidden_states_image y c context txt prompt_embeds class_labels pooled "
             "pooled_projections guidance encoder_attention_mask cap_feats.1 added_cond_kwargs.text_embeds "
-            "attention_mask L_kwargs_encoder_hidden_states_",
+            "attention_mask L_kwargs_encoder_hidden_states_ id_cond id_vit_hidden.0 camera_conditions "
+            "global_hidden_states image_cond_hidden_states micro_conds",
         ),
         ("shape", "img_ids txt_ids position_ids image_rotary_emb.0 resolution fps freqs_cis"),
     ],
@@ -62,6 +63,17 @@ def test_a_conditioning_of_one_number_a_row_is_the_time_where_nothing_else_is():
     assert role_rules.infer([x, ("c", torch.zeros(2).long())], [x[1]]) == ["latent", "prompt"]
     with pytest.raises(BadInput, match=r"the inputs c, guidance .* could each be the time"):
         role_rules.infer([x, c, ("guidance", torch.zeros(2))], [x[1]])
+
+
+def test_numbers_of_words_are_no_positions_and_may_be_the_latent():
+    ids = ("input_ids", torch.zeros(2, 7).long())
+    drop = ("drop", torch.zeros(2, 7, dtype=torch.bool))
+    assert role_rules.infer([("x", torch.zeros(2, 4)), ids, drop], [torch.zeros(2, 4)]) == [
+        "latent",
+        "prompt",
+        "prompt",
+    ]
+    assert role_rules.infer([ids, drop], [torch.zeros(2, 9, 7)]) == ["latent", "prompt"]
 
 
 def test_a_single_number_is_no_latent():

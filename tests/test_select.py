@@ -40,6 +40,9 @@ def numbers(text: str) -> list[int]:
         ("blocks.0%:100%", range(10)),
         ("blocks.15%:50%", range(2, 5)),  # 1.5 rounds up; Python's round() would agree here, and not at 2.5
         ("blocks.25%:50%", range(3, 5)),
+        ("blocks.8:-0", [8, 9]),
+        ("blocks.8:-10%", [8]),
+        ("blocks.-20%:", [8, 9]),
         ("stage.0", range(6)),
         ("stage.1", range(6, 10)),
     ],

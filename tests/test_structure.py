@@ -208,6 +208,24 @@ class Parallel(nn.Module):
         return x
 
 
+class FeedFirst(nn.Module):
+    """Blocks that feed forward and then attend twice: a block is taken to begin with its attention, here too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(3))
+        self.qkvs = nn.ModuleList(nn.Linear(16, 48) for _ in range(6))
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = x + timestep[:, None, None]
+        for i, mlp in enumerate(self.mlps):
+            x = x + mlp(F.layer_norm(x, (16,)))
+            for qkv in (self.qkvs[2 * i], self.qkvs[2 * i + 1]):
+                q, k, v = qkv(F.layer_norm(x, (16,))).chunk(3, -1)
+                x = x + F.scaled_dot_product_attention(q, k, v)
+        return x
+
+
 LATENTS = {"latents": torch.randn(2, 9, 8), "sigma": torch.rand(2) * 5, "prompt_embeds": torch.randn(2, 6, 24)}
 TOKENS = {"x": torch.randn(2, 5, 16), "timestep": torch.rand(2)}
 STRUCTURES: dict[
@@ -281,6 +299,12 @@ def test_the_flat_graph_of_dynamo_has_the_same_structure(name):
     assert [dataclasses.replace(r, alias="") for r in found.regions] == [
         dataclasses.replace(r, alias="") for r in want.regions
     ]
+
+
+def test_what_is_left_of_blocks_that_attend_last_is_one_block():
+    program = outlined(noise(FeedFirst()), **TOKENS)
+    assert classes(program) == [2, 1]
+    assert [sorted(set(roles(program, f"blocks.{i}"))) for i in range(3)] == [["attn", "mlp"]] * 2 + [["attn"]]
 
 
 def test_the_last_block_of_sd3_drops_the_text():
@@ -386,6 +410,25 @@ def test_a_shared_body_takes_inputs_without_gaps_where_a_block_has_them():
     after = outline(program, "test")
     verify(after)
     assert len(after.functions) == 2
+    inputs = random_inputs(program)
+    for a, c in zip(run_program(program, inputs)[0], run_program(after, inputs)[0], strict=True):
+        assert torch.equal(a, c)
+
+
+def test_the_result_of_a_shared_body_is_laid_out_as_its_readers_were_traced_for():
+    """Two bodies, each shared by two blocks whose inputs lie otherwise in memory, one after the other."""
+    b = Builder()
+    x, y = b.input("x", "latent", 2, 8, 4), b.input("y", "latent", 2, 4, 8)
+    turned = [b(aten.permute.default, v, [0, 2, 1]) for v in (x, b(aten.exp.default, x))]
+    first = [b(aten.relu.default, v, region=f"blocks.{i}") for i, v in enumerate((turned[0], y))]
+    second = [b(aten.tanh.default, v, region=f"blocks.{i + 2}") for i, v in enumerate((first[0], turned[1]))]
+    flat = b(aten.view.default, b(aten.permute.default, first[0], [0, 2, 1]), [2, 32])
+    program = b.program(*first, *second, flat)
+    regions = [Region("model", "model", ""), Region("stage.0", "stage", "model", 0)]
+    regions += [Region(f"blocks.{i}", "block", "stage.0", 0) for i in range(4)]
+    after = outline(program.replace(regions=tuple(regions)), "test")
+    verify(after)
+    assert len(after.functions) == 3
     inputs = random_inputs(program)
     for a, c in zip(run_program(program, inputs)[0], run_program(after, inputs)[0], strict=True):
         assert torch.equal(a, c)
@@ -501,10 +544,35 @@ def test_cross_attention_blocks_of_diffusers(name):
         (lambda b, x, c, w, g: b(aten.sub.Tensor, x, mlp(b, x, w)), "a difference"),
         (lambda b, x, c, w, g: mul(b, x, mlp(b, x, w)), "a product"),
         (lambda b, x, c, w, g: add(b, x, g), "what is added does not depend on the latent"),
+        (lambda b, x, c, w, g: add(b, row_of(b, x, 1), mlp(b, row_of(b, x, 0), w)), "made of another row"),
+        (lambda b, x, c, w, g: add(b, slice_of(b, x, 0, 3), mlp(b, slice_of(b, x, 3, 6), w)), "made of other rows"),
+        (
+            lambda b, x, c, w, g: add(
+                b, row_of(b, x, 2), mlp(b, add(b, row_of(b, x, 1), mlp(b, row_of(b, x, 0), w)), w)
+            ),
+            "a scan over rows",
+        ),
     ],
 )
 def test_what_is_no_module(write, why):
     assert spell(write)[0] == [], why
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda b, x, c, w, g: add(b, row_of(b, x, 1), mlp(b, row_of(b, x, 1), w)),
+        lambda b, x, c, w, g: add(b, row_of(b, x, 1), row_of(b, mlp(b, x, w), 1)),
+        lambda b, x, c, w, g: add(b, slice_of(b, x, 0, 3), mlp(b, slice_of(b, x, 2, 5), w)),
+    ],
+    ids=["the same row", "all rows", "rows that overlap"],
+)
+def test_a_module_of_a_part_of_the_stream(write):
+    assert [m.role for m in spell(write)[0]] == ["mlp"]
+
+
+def row_of(b, x, row):
+    return b(aten.select.int, x, 1, row)
 
 
 def slice_of(b, x, start, stop):

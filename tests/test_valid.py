@@ -115,7 +115,7 @@ def test_a_mask_that_changes_in_place_is_seen(model, mode):
 def test_explain_says_how_the_model_was_captured(model):
     text = ditopt.explain(model, example_inputs=inputs(4, 3))
     assert text.startswith("Capture\n  torch.export alone: Padded cannot be traced at ")
-    assert "guarded: 1 values that depend on mask, read at " in text
+    assert "guarded: 1 value, from mask, read at " in text
 
 
 @pytest.mark.parametrize("road", ["save", "onnx"])

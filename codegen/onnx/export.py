@@ -26,7 +26,15 @@ import torch
 from torch import Tensor, fx
 
 from ditopt.artifact import Manifest, StepGraph, read_manifest, to_json
-from ditopt.codegen.onnx.repairs import full_masks, plain_splits, true_squeezes, widen_half_sums
+from ditopt.codegen.onnx import bfloat16
+from ditopt.codegen.onnx.repairs import (
+    full_masks,
+    plain_splits,
+    runnable_wheres,
+    true_squeezes,
+    wide_indices,
+    widen_half_sums,
+)
 from ditopt.codegen.onnx.weights import WeightStore, check_dtype
 from ditopt.errors import ArtifactError, BadInput, DitoptError, require
 
@@ -54,7 +62,8 @@ def export_graph(
     In the file, formals of kind "param" that the graph uses are initializers named by their ref; every other formal is
     an input in the order of ``graph.inputs``, named by its ref. Outputs are ``output_names`` (else ``out.<k>``), then
     ``new.<slot>``. Where two names of one graph agree the later gets its kind in front (``state.x``, ``out.x``); go by
-    position there. BadInput for bfloat16, which onnxruntime cannot run on CPU.
+    position there. bfloat16 inside becomes rounded float32; among weights, inputs and results it is BadInput, for
+    onnxruntime cannot run it on CPU.
     """
     where = f"graph {graph.name!r}"
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
@@ -74,7 +83,11 @@ def export_graph(
     ]
     for f, x in zip(graph.inputs, inputs, strict=True):
         check_dtype(x.dtype, f"{f.kind} {f.ref!r} of {where}")
-    model = _translate(module, inputs, where)
+    results: Any = module.graph.output_node().args[0]
+    for k, result in enumerate(results):
+        if "val" in result.meta:
+            check_dtype(result.meta["val"].dtype, f"result {k} of {where}")
+    model = _translate(bfloat16.widen(module, where), inputs, where)
 
     formals = dict(zip(graph.inputs, model.graph.inputs, strict=True))
     _name_values(model, graph, formals, output_names)
@@ -226,7 +239,7 @@ def _translate(module: fx.GraphModule, inputs: Sequence[Tensor], where: str) -> 
     try:
         with torch.no_grad(), _quiet():
             exported = torch.export.export(module, tuple(inputs), strict=False)
-            for repair in (widen_half_sums, full_masks, true_squeezes):
+            for repair in (widen_half_sums, full_masks, true_squeezes, wide_indices):
                 repair(exported)
             # The exporter's optimizer drops additions of small numbers (1e-15 in linear attention): 0/0 at run time.
             program = torch.onnx.export(exported, (), dynamo=True, optimize=False, opset_version=opset(), verbose=False)
@@ -235,19 +248,20 @@ def _translate(module: fx.GraphModule, inputs: Sequence[Tensor], where: str) -> 
     model = program.model  # type: ignore[union-attr]
     for value, node in zip(model.graph.outputs, exported.graph.output_node().args[0], strict=True):
         expected = str(node.meta["val"].dtype)
-        if value.dtype is not None and f"torch.{value.dtype.numpy()}" != expected and expected != "torch.bfloat16":
+        if value.dtype is not None and f"torch.{value.dtype.numpy()}" != expected:
             raise DitoptError(
                 f"output {value.name!r} of {where} came out of torch.onnx as {value.dtype}, not {expected}"
             )
     for value in _values(model):
         value.metadata_props.clear()
-        if value.dtype is not None and value.dtype.name == "BFLOAT16":
+        if value.dtype is not None and value.dtype.name == "BFLOAT16" and not bfloat16.between_casts(value):
             check_dtype(torch.bfloat16, f"a value inside {where}")
     for node in model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces: long, and paths of the machine that exported
         node.doc_string = None
     model.graph.metadata_props.clear()
     plain_splits(model)
+    runnable_wheres(model)
     importlib.import_module("onnx_ir.passes.common").RemoveUnusedNodesPass()(model)
     return model
 

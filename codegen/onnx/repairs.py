@@ -9,6 +9,12 @@ import torch
 from ditopt.errors import require
 
 _aten = torch.ops.aten
+_INDEXED = {
+    _aten.index.Tensor,
+    _aten.index_put.default,
+    _aten._unsafe_index.Tensor,
+    _aten._unsafe_index_put.default,
+}
 _WIDE = {_aten.sum.default, _aten.sum.dim_IntList, _aten.cumsum.default, _aten.prod.default, _aten.prod.dim_int}
 
 
@@ -56,6 +62,55 @@ def true_squeezes(program: torch.export.ExportedProgram) -> int:
             # The node keeps its name, which the program's signature may know as an output.
             node.target, node.args = _aten.alias.default, node.args[:1]
             count += 1
+    return count
+
+
+def wide_indices(program: torch.export.ExportedProgram) -> int:
+    """Widen, in place, int32 indices to int64. torch takes either; the exporter hands them on to GatherND and
+    ScatterND, which take int64 alone. How many were widened."""
+    count = 0
+    for node in list(program.graph.nodes):
+        if node.target not in _INDEXED:
+            continue
+        narrow = {i for i in node.args[1] if i is not None and i.meta["val"].dtype is torch.int32}
+        for index in narrow:
+            with program.graph.inserting_before(node):
+                wide = program.graph.call_function(_aten._to_copy.default, (index,), {"dtype": torch.int64})
+            wide.meta = {**index.meta, "val": index.meta["val"].to(torch.int64)}
+            indices = [wide if i is index else i for i in node.args[1]]
+            node.args = (node.args[0], indices, *node.args[2:])
+            count += 1
+    return count
+
+
+def runnable_wheres(model: Any) -> int:
+    """Choose, in place, between numbers of another type where onnxruntime has no Where for the type at hand: booleans
+    (masks that are combined) and int16. The detour by a wider type changes no value. How many were rewritten."""
+    ir = require("onnx_ir", None)
+    detours = {ir.DataType.BOOL: ir.DataType.UINT8, ir.DataType.INT16: ir.DataType.INT32}
+    count = 0
+    for node in list(model.graph):
+        if node.op_type != "Where":
+            continue
+        value = node.outputs[0]
+        types = [v.dtype for v in (value, *node.inputs[1:]) if v.dtype is not None]
+        if not types or types[0] not in detours:
+            continue
+
+        def cast(source: Any, to: Any, before: Any = node) -> Any:
+            made = ir.node("Cast", [source], {"to": ir.AttrInt64("to", int(to))})
+            model.graph.insert_before(before, made)
+            made.outputs[0].type, made.outputs[0].shape = ir.TensorType(to), source.shape
+            return made.outputs[0]
+
+        condition, *sides = node.inputs
+        made = ir.node("Where", [condition, *(cast(side, detours[types[0]]) for side in sides)])
+        model.graph.insert_before(node, made)
+        made.outputs[0].type, made.outputs[0].shape = ir.TensorType(detours[types[0]]), value.shape
+        back = cast(made.outputs[0], types[0])
+        ir.convenience.replace_all_uses_with(value, back, replace_graph_outputs=True)
+        model.graph.remove(node, safe=True)
+        count += 1
     return count
 
 

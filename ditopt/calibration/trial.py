@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ditopt import api
-from ditopt.errors import BadInput
+from ditopt.errors import BadInput, DitoptWarning
 from ditopt.measure import optimized
 from ditopt.optimized import OptimizedModule
 
@@ -72,6 +73,11 @@ class Trials:
         return found
 
     @property
+    def asked(self) -> list[str]:
+        """The passes that had an effect, as text."""
+        return [result.text for result in self.module.history if result.applied]
+
+    @property
     def decisions(self) -> dict[str, tuple[str, ...]]:
         """Decision names and their regions."""
         return {d.name: d.regions for d in self.module.compiled.plan.manifest.decisions}
@@ -82,11 +88,14 @@ class Trials:
         module.engine.session.reschedule(masks)
         before = stats.block_flops, stats.full_block_flops
         errors: list[float] = []
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # a trial may well reuse nothing; that is for the search to see, not for the user to be warned of
+            warnings.filterwarnings("ignore", "cache .* was never reused", DitoptWarning)
             for seed, plain in zip(self._seeds, self._plain, strict=True):
                 made = self._run(self._fast, seed).detach().double()
                 squared = (made - plain).square().flatten(1).mean(1)
                 errors += [math.log10(e) if e > 0 else -math.inf for e in squared.tolist()]
         self.count += 1
         executed, full = stats.block_flops - before[0], stats.full_block_flops - before[1]
+        module.engine.session.close_request()
         return Worth(sum(errors) / len(errors), executed / full if full else 1.0)

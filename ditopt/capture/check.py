@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ditopt.capture.aside import quiet
-from ditopt.capture.flat import Flat, shared_copy
+from ditopt.capture.flat import Flat, Packing, shared_copy
 from ditopt.capture.guard import Guard
 from ditopt.capture.spec import CallSpec
 from ditopt.errors import CaptureError
@@ -62,15 +63,35 @@ def differing(program: Program, guard: Guard | None, given: Mapping[str, Tensor]
     return rolled if not guard.broken(guard.arguments(rolled)) else new | {n: given[n] for n in guard.inputs}
 
 
+@dataclass(frozen=True)
+class Checked:
+    """A graph that computes what its model computes: up to ``rounding`` (relative; 0 is bit for bit), and how the model
+    packed its output."""
+
+    rounding: float
+    packing: Packing
+
+    @property
+    def notes(self) -> list[str]:
+        """A note where bits differ."""
+        if not self.rounding:
+            return []
+        return [
+            f"on a second input the graph equals the model within rounding ({self.rounding:.1e} relative), not bit for "
+            "bit: eager takes another kernel there, as torch.nn.MultiheadAttention does without gradients"
+        ]
+
+
 def check(
     model: nn.Module, spec: CallSpec, program: Program, guard: Guard | None, tensors: Sequence[Tensor]
-) -> list[str]:
-    """Raise CaptureError where the graph and the model differ on a derived input; a note where they do by rounding."""
+) -> Checked:
+    """Raise CaptureError where the graph and the model differ on a derived input."""
     by_name = dict(zip(spec.names, tensors, strict=True))
     by_name |= differing(program, guard, by_name)
     name = type(model).__name__
+    flat = Flat(shared_copy(model), spec)
     with quiet(), torch.no_grad():
-        want = Flat(shared_copy(model), spec)(*(by_name[n] for n in spec.names))
+        want = flat(*(by_name[n] for n in spec.names))
         args = []
         for p in program.step.placeholders:
             what = formal(p)
@@ -93,9 +114,4 @@ def check(
                 "model's Python depends on tensor values, or it is not deterministic"
             )
         rounding = max(rounding, float(error))
-    if not rounding:
-        return []
-    return [
-        f"on a second input the graph equals the model within rounding ({rounding:.1e} relative), not bit for bit: "
-        "eager takes another kernel there, as torch.nn.MultiheadAttention does without gradients"
-    ]
+    return Checked(rounding, flat.packing)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditopt._torch import pytree
+from ditopt._torch import is_fake, pytree
+from ditopt.capture import opened
 from ditopt.capture.numbers import Numbers
 from ditopt.capture.spec import SCALARS, CallSpec, dotted
 from ditopt.offload import keep_shared, strip
@@ -23,7 +24,17 @@ def shared_copy(model: nn.Module) -> nn.Module:
     kept: dict[int, Any] = {**keep_shared(model), **{id(t): t for t in [*model.parameters(), *model.buffers()]}}
     twin = copy.deepcopy(model, kept)
     strip(twin)
+    for module in twin.modules():
+        _register_fakes(module)
     return twin
+
+
+def _register_fakes(module: nn.Module) -> None:
+    """Tensors without storage in plain attributes become buffers: torch.export brings those into its own fake mode."""
+    for name, value in list(vars(module).items()):
+        if is_fake(value):
+            delattr(module, name)
+            module.register_buffer(name, value, persistent=False)
 
 
 class Packing:
@@ -36,7 +47,10 @@ class Packing:
         self.structure: str | tuple[str, ...] = "tuple"
         self.opaque: list[str] = []  # types of objects in the output that may hide tensors
         self.changed: list[str] = []  # attributes of the model that the run changed
+        self.removed: list[str] = []  # parts of the arguments that the run took away
+        self.written: list[str] = []  # tensors that the run put into its arguments, by dotted name
         self._fill: Fill | None = None
+        self._writes: list[tuple[opened.Path, Fill]] = []
 
     def note(self, out: Any) -> tuple[Tensor, ...]:
         """The tensors of an output, in order; remembers how they were packed."""
@@ -47,10 +61,32 @@ class Packing:
         self.structure = tuple(n for n, _ in found) if named else "single" if isinstance(out, Tensor) else "tuple"
         return tuple(tensor for _, tensor in found)
 
+    def note_writes(self, before: Mapping[opened.Path, Any], arguments: Any) -> tuple[Tensor, ...]:
+        """The tensors that the run put into ``arguments``, whose leaves were ``before``; remembers where."""
+        found: list[tuple[str, Tensor]] = []
+        new, gone = opened.writes(before, arguments)
+        self.removed = [dotted(path) for path in gone]
+        self._writes = [(path, self._spread(opened.opened(v), dotted(path), found)) for path, v in new.items()]
+        self.written = [name for name, _ in found]
+        return tuple(tensor for _, tensor in found)
+
     def pack(self, values: Sequence[Tensor]) -> Any:
         """An output like the noted one with other tensors."""
         assert self._fill is not None, "nothing is noted"
         return self._fill(iter(values))
+
+    @property
+    def writes(self) -> bool:
+        """Whether the run put anything into its arguments."""
+        return bool(self._writes)
+
+    def put(self, values: Sequence[Tensor], arguments: Any) -> None:
+        """Write into ``arguments`` what the noted run wrote into its own, with the tensors that follow the output's."""
+        rest = iter(values)
+        assert self._fill is not None, "nothing is noted"
+        self._fill(rest)
+        for path, fill in self._writes:
+            opened.put(arguments, path, fill(rest))
 
     def _spread(self, value: Any, name: str, found: list[tuple[str, Tensor]]) -> Fill:
         """How to make ``value`` anew from other tensors; its own go to ``found``."""
@@ -116,13 +152,14 @@ class Flat(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         bound = self.spec.unflatten(tensors)
         args, kwargs = _split(self.model, bound)
+        held = opened.leaves(bound)
         before = _python_state(self.model)  # compared here: torch.export puts attributes back when it is done
         # only in a trace: any such mode keeps eager from its fused kernels
         numbers = Numbers() if torch.compiler.is_exporting() else nullcontext()
         with self._around(), numbers:
             out = self.model(*args, **kwargs)
-        self.packing.changed = [k for k, v in _python_state(self.model).items() if before.get(k, v) != v]
-        return (*self.packing.note(out), *self._more())
+        self.packing.changed = [k for k, v in _python_state(self.model).items() if _differs(before.get(k, v), v)]
+        return (*self.packing.note(out), *self.packing.note_writes(held, bound), *self._more())
 
 
 def _split(model: nn.Module, bound: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -143,5 +180,10 @@ def _python_state(model: nn.Module) -> dict[str, Any]:
         f"{name}.{dotted(path)}" if name else dotted(path): v
         for name, module in model.named_modules()
         for path, v in pytree.tree_flatten_with_path(vars(module))[0]
-        if isinstance(v, SCALARS)
+        if isinstance(v, (*SCALARS, torch.SymInt))
     }
+
+
+def _differs(before: Any, now: Any) -> bool:
+    """Whether an attribute changed. One that holds a size of a trace was set in it."""
+    return isinstance(now, torch.SymInt) or before != now

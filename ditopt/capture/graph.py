@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
 from ditopt import roles as role_rules
-from ditopt._torch import OpOverload
+from ditopt._torch import OpOverload, is_unbacked
 from ditopt.capture import where
 from ditopt.capture.spec import CallSpec
 from ditopt.errors import CaptureError
@@ -33,7 +32,7 @@ def to_program(
 ) -> Program:
     """The Program of ``exported`` (a functionalised ExportedProgram of ``Flat(model)``). Its last ``more`` results are
     not the model's: they do not count where roles are inferred, and are outputs like the others."""
-    placeholders, params = _formals(model, exported, spec, tensors, weights)
+    placeholders, params = formals(model, exported, spec, tensors, weights)
     graph, values = fx.Graph(), {}
     for node, what in sorted(placeholders, key=lambda p: p[1].kind != "input"):
         if not node.users:
@@ -51,7 +50,7 @@ def to_program(
     outputs = exported.graph.output_node().args[0]
     for item, node in zip(exported.graph_signature.output_specs, outputs, strict=True):
         if item.kind is not OutputKind.USER_OUTPUT:
-            raise CaptureError(_mutation(model, item, spec))
+            raise CaptureError(_mutation(model, item, spec, node))
         results.append(values[node])
     graph.output(tuple(results))
     free = [(n, t) for n, t in zip(spec.names, tensors, strict=True) if n not in weights]
@@ -73,10 +72,10 @@ def to_program(
     return program.replace(functions={"step": drop_dead(program.step, "capture")})
 
 
-def _formals(
-    model: nn.Module, exported: Any, spec: CallSpec, tensors: Sequence[Tensor], weights: Collection[str]
+def formals(
+    model: nn.Module, exported: Any, spec: CallSpec, tensors: Sequence[Tensor], weights: Collection[str] = ()
 ) -> tuple[list[tuple[fx.Node, Formal]], dict[str, Tensor]]:
-    """What each placeholder stands for, and the tensors of those that are parameters."""
+    """What each placeholder of ``exported`` stands for, and the tensors of those that are parameters."""
     live = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     params: dict[str, Tensor] = {}
     given = iter(zip(spec.names, tensors, strict=True))
@@ -107,10 +106,9 @@ def refuse_symbols(name: str, graph: fx.Graph) -> None:
     """Untraceable, with the line of the model (a ``name``), where a size or a number depends on values of tensors."""
     for node in graph.nodes:
         value = node.meta.get("val")
-        sizes = value.shape if isinstance(value, Tensor) else (value,)
-        if any(isinstance(s, (torch.SymInt, torch.SymFloat, torch.SymBool)) for s in sizes):
+        if any(is_unbacked(s) for s in (value.shape if isinstance(value, Tensor) else (value,))):
             raise Untraceable(
-                f"{name} cannot be traced{_line(node)}: a size depends on the values of a tensor. Compute it outside "
+                f"{name} cannot be traced{line_of(node)}: a size depends on the values of a tensor. Compute it outside "
                 "forward and pass it in."
             )
 
@@ -122,24 +120,25 @@ def _operators(model: nn.Module, graph: fx.Graph) -> Iterator[fx.Node]:
             continue
         if not isinstance(node.target, OpOverload) and getattr(node.target, "__name__", "") != "getitem":
             raise Untraceable(
-                f"{type(model).__name__} uses {node.target}{_line(node)}, a higher-order operator that ditopt cannot "
+                f"{type(model).__name__} uses {node.target}{line_of(node)}, a higher-order operator that ditopt cannot "
                 "rewrite"
             )
         yield node
 
 
-def _line(node: fx.Node) -> str:
+def line_of(node: fx.Node) -> str:
+    """ " at file:line (code)" of the line of the model that a node comes from, or ""."""
     return where.of_trace(node.meta.get("stack_trace") or "")
 
 
-def _mutation(model: nn.Module, item: Any, spec: CallSpec) -> str:
+def _mutation(model: nn.Module, item: Any, spec: CallSpec, node: fx.Node) -> str:
     """The sentence for a result of the graph that is a side effect of forward."""
     target = str(item.target)
     if item.kind is OutputKind.USER_INPUT_MUTATION:
         name = spec.names[int(target.rpartition("_")[2])]  # arguments of Flat: tensors_0, tensors_1, ...
         return (
-            f"{type(model).__name__} changes its input {name} in place during forward; a graph leaves its inputs "
-            "alone. Write the result to a new tensor, or clone the input first."
+            f"{type(model).__name__} changes its input {name} in place during forward{line_of(node)}; a graph leaves "
+            "its inputs alone. Write the result to a new tensor, or clone the input first."
         )
     return (
         f"{type(model).__name__} changes {target.removeprefix('model.')} during forward ({item.kind.name.lower()}); "

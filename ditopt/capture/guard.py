@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -44,30 +45,67 @@ class Guard:
 
     def broken(self, args: Sequence[Tensor]) -> str:
         """Where in the model the first value is read that is another for these ``arguments``, or ""."""
-        with torch.no_grad():
-            now = self.graph(*(a.contiguous() for a in args))  # a view in the graph may need it
-        changed = (r for r, v in zip(self.reads, now, strict=True) if not torch.equal(v.to(r.value.device), r.value))
-        return next((r.line for r in changed), "")
+        try:
+            with torch.no_grad():
+                _Comparison(self).run(*(a.contiguous() for a in args))  # a view in the graph may need it
+        except _Differs as found:
+            return str(found)
+        return ""
+
+
+class _Differs(Exception):
+    """Stops a comparison; the message is the line of the model."""
+
+
+class _Comparison(fx.Interpreter):
+    """Runs the graph of a guard and compares each value as soon as it is there: what comes after it is computed with
+    sizes that are constants of the graph, and may be impossible for another value."""
+
+    def __init__(self, guard: Guard) -> None:
+        super().__init__(guard.graph)
+        self._reads: dict[fx.Node, list[Read]] = {}
+        for node, read in zip(guard.results, guard.reads, strict=True):
+            self._reads.setdefault(node, []).append(read)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        for read in self._reads.get(n, ()):
+            if not torch.equal(value.to(read.value.device), read.value):
+                raise _Differs(read.line)
+        return value
+
+
+class Decided(Untraceable):
+    """Python looks at values that change from step to step: those ``reads``."""
+
+    def __init__(self, message: str, reads: Sequence[Read]) -> None:
+        super().__init__(message)
+        self.reads = tuple(reads)
+
+
+_MOVES = Binding.LATENT | Binding.TIMESTEP
 
 
 def split(name: str, program: Program, reads: Sequence[Read]) -> tuple[Program, Guard | None]:
     """``program`` without its last results, which are the tensors of ``reads``, and the Guard over those.
 
-    No Guard where all of them are the same in every call. Untraceable, with the line of the model (a ``name``), where a
+    No Guard where all of them are the same in every call. Decided, with the line of the model (a ``name``), where a
     value depends on what changes from step to step.
     """
     function = program.step
     n = len(function.results) - len(reads)
     binding = bind(program)
     kept = []
+    moving = [(r, b) for r, node in zip(reads, function.results[n:], strict=True) if (b := binding[node] & _MOVES)]
+    if moving:
+        role = "latent" if moving[0][1] & Binding.LATENT else "timestep"
+        raise Decided(
+            f"{name} cannot be traced{moving[0][0].line}: Python looks at the value of a tensor there that depends on "
+            f"the {role}, so each step would need a graph of its own. Compute it outside forward and pass it "
+            "in, or use torch.where; where the role of an input is wrong, pass roles={'<name>': 'prompt'}.",
+            [read for read, _ in moving],
+        )
     for read, node in zip(reads, function.results[n:], strict=True):
-        for flag, role in ((Binding.LATENT, "latent"), (Binding.TIMESTEP, "timestep")):
-            if binding[node] & flag:
-                raise Untraceable(
-                    f"{name} cannot be traced{read.line}: Python looks at the value of a tensor there that depends on "
-                    f"the {role}, so each step would need a graph of its own. Compute it outside forward and pass it "
-                    "in, or use torch.where; where the role of an input is wrong, pass roles={'<name>': 'prompt'}."
-                )
         if any(_varies(p) for p in _sources(node)):
             kept.append((read, node))
     rest = program.replace(

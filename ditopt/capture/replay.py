@@ -8,31 +8,36 @@ the *size* of a result depends on values, only the size is replayed: ``x[mask]``
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ditopt._torch import pytree
+from ditopt._torch import pytree, whole_lists
 from ditopt.capture import where
 
 
 @dataclass(frozen=True)
 class Read:
-    """One look at a tensor: where in the model, what the tensor held, and what Python got."""
+    """One look at a tensor: where in the model, what the tensor held, what Python got, and the path of the innermost
+    module that was running ("" for the model itself)."""
 
     line: str
     value: Tensor
     answer: Any
+    module: str = ""
 
 
 _READERS: dict[Any, Callable[[Tensor], Any]] = {
     Tensor.item: lambda t: t.item(),
+    Tensor.tolist: lambda t: t.tolist(),
     Tensor.numpy: lambda t: t.numpy(),
+    Tensor.__array__: lambda t: t.numpy(),
     Tensor.__bool__: bool,
     Tensor.__int__: int,
     Tensor.__float__: float,
@@ -50,7 +55,7 @@ _SIZES: dict[Any, int] = {
 """Function that takes a tensor of one number for a size -> how many leading arguments are no sizes."""
 
 
-class _Reads(TorchFunctionMode):
+class Reads(TorchFunctionMode):
     """Calls ``read`` for each look at a tensor's values."""
 
     def read(self, tensor: Tensor, take: Callable[[Tensor], Any]) -> Any:
@@ -70,10 +75,6 @@ class _Reads(TorchFunctionMode):
         special = _SPECIAL.get(func)
         found = special(self, *args, **named) if special is not None else NotImplemented
         return func(*args, **named) if found is NotImplemented else found
-
-    def numbers(self, tensor: Tensor) -> Any:
-        """``tensor.tolist()``, read number by number: that is how the tensors of a trace do it."""
-        return [self.numbers(row) for row in tensor] if tensor.ndim else self.read(tensor, _READERS[Tensor.item])
 
     def _size(self, value: Any) -> Any:
         return self.read(value, _READERS[Tensor.item]) if _is_number(value) else value
@@ -108,21 +109,21 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 0 and not value.is_floating_point()
 
 
-def _nonzero(reads: _Reads, tensor: Tensor, *, as_tuple: bool = False) -> Any:
+def _nonzero(reads: Reads, tensor: Tensor, *, as_tuple: bool = False) -> Any:
     found = reads.nonzero(tensor)
     return found if as_tuple else torch.stack(found, 1)
 
 
-def _where(reads: _Reads, condition: Tensor, *choices: Any, **named: Any) -> Any:
+def _where(reads: Reads, condition: Tensor, *choices: Any, **named: Any) -> Any:
     return NotImplemented if choices or named else reads.nonzero(condition)
 
 
-def _masked_select(reads: _Reads, tensor: Tensor, mask: Tensor) -> Any:
+def _masked_select(reads: Reads, tensor: Tensor, mask: Tensor) -> Any:
     shape = torch.broadcast_shapes(tensor.shape, mask.shape)
     return tensor.expand(shape)[reads.nonzero(mask.expand(shape))]
 
 
-def _repeat_interleave(reads: _Reads, tensor: Tensor, repeats: Any = None, *args: Any, **named: Any) -> Any:
+def _repeat_interleave(reads: Reads, tensor: Tensor, repeats: Any = None, *args: Any, **named: Any) -> Any:
     if not isinstance(repeats, Tensor) or named.get("output_size") is not None:
         return NotImplemented
     count = reads.read(repeats.sum(), _READERS[Tensor.item])
@@ -131,29 +132,37 @@ def _repeat_interleave(reads: _Reads, tensor: Tensor, repeats: Any = None, *args
     return torch.repeat_interleave(tensor, repeats, *args, **{**named, "output_size": count})
 
 
-def _getitem(reads: _Reads, tensor: Tensor, index: Any) -> Any:
+def _bincount(reads: Reads, tensor: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Any:
+    if not tensor.numel():
+        return NotImplemented
+    size = max(reads.read(tensor.max() + 1, _READERS[Tensor.item]), minlength)
+    ones = torch.ones_like(tensor, dtype=torch.int64) if weights is None else weights
+    return torch.zeros(size, dtype=ones.dtype, device=tensor.device).scatter_add(0, tensor.long(), ones)
+
+
+def _getitem(reads: Reads, tensor: Tensor, index: Any) -> Any:
     return tensor[reads.index(index)]
 
 
-def _setitem(reads: _Reads, tensor: Tensor, index: Any, value: Any) -> Any:
+def _setitem(reads: Reads, tensor: Tensor, index: Any, value: Any) -> Any:
     one_value = not isinstance(value, Tensor) or value.ndim == 0  # then how many places a mask has does not matter
     tensor[reads.index(index, masks=not one_value)] = value
 
 
-def _equal(reads: _Reads, a: Tensor, b: Tensor) -> Any:
+def _equal(reads: Reads, a: Tensor, b: Tensor) -> Any:
     return a.shape == b.shape and reads.read((a == b).all(), bool)
 
 
-def _contains(reads: _Reads, tensor: Tensor, element: Any) -> Any:
+def _contains(reads: Reads, tensor: Tensor, element: Any) -> Any:
     return reads.read((tensor == element).any(), bool)
 
 
 _SPECIAL: dict[Any, Callable[..., Any]] = {
-    Tensor.tolist: lambda reads, tensor: reads.numbers(tensor),
     **dict.fromkeys((torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere), _nonzero),
     torch.where: _where,
     **dict.fromkeys((torch.masked_select, Tensor.masked_select), _masked_select),
     **dict.fromkeys((torch.repeat_interleave, Tensor.repeat_interleave), _repeat_interleave),
+    **dict.fromkeys((torch.bincount, Tensor.bincount), _bincount),
     Tensor.__getitem__: _getitem,
     Tensor.__setitem__: _setitem,
     **dict.fromkeys((torch.equal, Tensor.equal), _equal),
@@ -162,24 +171,40 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
 """Function whose result's size, or whose value for Python, depends on the values of tensors -> what replaces it."""
 
 
-class Recorder(_Reads):
-    """Notes every look at a tensor, in order, in ``reads``."""
+class Recorder(Reads):
+    """Notes every look at a tensor of ``model``, in order, in ``reads``."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.reads: list[Read] = []
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._paused = False
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is noted inside."""
+        self._paused, before = True, self._paused
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if self._paused:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
     def read(self, tensor: Tensor, take: Callable[[Tensor], Any]) -> Any:
         value = tensor.detach().clone().cpu()
-        self.reads.append(Read(where.of_caller(), value, take(value)))
-        return self.reads[-1].answer
+        self.reads.append(Read(where.of_caller(), value, take(value.clone()), where.module_of_caller(self._paths)))
+        return take(value.clone())  # Python may change the list or array that it gets
 
 
 class Lost(Exception):
     """A traced run looked at a tensor that the recorded run did not look at."""
 
 
-class Replayer(_Reads):
+class Replayer(Reads):
     """Answers from recorded reads; ``seen`` are those that were used, ``observed`` the tensors that were asked for.
 
     Reads are found by their line in the model and their order there: a model may look at more when it is not traced.
@@ -192,6 +217,17 @@ class Replayer(_Reads):
             self._waiting[read.line].append(read)
         self.seen: list[Read] = []
         self.observed: list[Tensor] = []
+
+    def __enter__(self) -> Any:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(whole_lists())
+            entered = super().__enter__()
+            self._stack = stack.pop_all()
+        return entered
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._stack.close()
 
     def read(self, tensor: Tensor, take: Callable[[Tensor], Any]) -> Any:
         line = where.of_caller()

@@ -6,12 +6,12 @@ import math
 import warnings
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ditopt.capture.guard import Guard
 from ditopt.errors import DitoptWarning
 from ditopt.ir.edit import Editor
-from ditopt.ir.program import Program, formal
+from ditopt.ir.program import Formal, Program, formal
 
 aten = torch.ops.aten
 
@@ -23,14 +23,20 @@ def seal(program: Program, guard: Guard | None) -> Program:
     """
     if guard is None:
         return program
+    params = {f.ref: guard.params[f.ref] for f in guard.formals if f.kind == "param"}
     with Editor(program.step, "capture") as e:
         results, n = e.results, program.step.n_results
         valid = None
-        for read, node in zip(guard.reads, _inlined(e, guard), strict=True):
-            for one in _agreements(e, node, read.value):
-                valid = one if valid is None else e.op(aten.logical_and.default, valid, one)
+        for i, (read, node) in enumerate(zip(guard.reads, _inlined(e, guard), strict=True)):
+            if read.value.ndim == 0:
+                one = e.op(aten.eq.Scalar, node, read.value.item())
+            else:
+                name = f"const.guard{i}"
+                params[name] = read.value.to(node.meta["val"].device)
+                expected = e.placeholder(f"guard{i}", Formal("param", name), node.meta["val"])
+                one = e.op(aten.all.default, e.op(aten.eq.Tensor, node, expected))
+            valid = one if valid is None else e.op(aten.logical_and.default, valid, one)
         e.set_results([*(_unless(e, valid, r) for r in results[:n]), *results[n:]])
-    params = {f.ref: guard.params[f.ref] for f in guard.formals if f.kind == "param"}
     warnings.warn(
         f"what is written holds values that Python reads{guard.reads[0].line}: its results are NaN for inputs "
         f"({', '.join(guard.inputs) or 'weights'}) that change them",
@@ -54,17 +60,6 @@ def _inlined(e: Editor, guard: Guard) -> list[fx.Node]:
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = e.op(node.target, *args, **kwargs)
     return [values[node] for node in guard.results]
-
-
-def _agreements(e: Editor, node: fx.Node, value: Tensor) -> list[fx.Node]:
-    """For each number of ``value`` whether ``node`` has it: boolean tensors of no dimension."""
-    if value.ndim == 0:
-        return [e.op(aten.eq.Scalar, node, value.item())]
-    flat = e.op(aten.reshape.default, node, [-1])
-    return [
-        e.op(aten.eq.Scalar, e.op(aten.select.int, flat, 0, i), number)
-        for i, number in enumerate(value.flatten().tolist())
-    ]
 
 
 def _unless(e: Editor, valid: fx.Node | None, result: fx.Node) -> fx.Node:

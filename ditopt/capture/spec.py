@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from ditopt import roles as role_rules
 from ditopt._torch import pytree
+from ditopt.capture.opened import opened
 from ditopt.errors import BadInput
 
 SCALARS = (bool, int, float, str, type(None))
+STATIC = (*SCALARS, torch.dtype, torch.device, torch.Size)
+"""Types of leaves that a graph holds fixed."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class CallSpec:
 
     ``key`` identifies the signature: structure, shapes, dtypes, devices and static values. Python floats, and an
     integer timestep, become tensors; every other Python value is static. ``names``: dotted names of the tensors;
-    ``arguments``: the parameters of forward; ``labels``: dotted names of all leaves.
+    ``arguments``: the parameters of forward; ``labels``: dotted names of all leaves; ``defaults``: (dotted name, value)
+    of each leaf of the defaults of parameters that the call leaves out.
     """
 
     key: tuple[Any, ...]
@@ -34,6 +38,18 @@ class CallSpec:
 
     arguments: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    defaults: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        """The shape of each tensor, in the order of ``names``."""
+        return tuple(self.key[1 + i][0] for i in self.positions)
+
+    @property
+    def family(self) -> tuple[Any, ...]:
+        """``key`` with ranks in place of shapes: what calls have in common that differ in sizes only."""
+        taken = set(self.positions)
+        return (self.key[0], *((len(k[0]), *k[1:]) if i in taken else k for i, k in enumerate(self.key[1:])))
 
     def static_items(self) -> list[tuple[str, Any]]:
         """(dotted name, value) of the arguments that are no tensors."""
@@ -62,17 +78,8 @@ class CallSpec:
 def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[CallSpec, list[Tensor]]:
     """The CallSpec of a call, and its tensors in order. A call that does not fit ``model.forward`` is BadInput."""
     signature = inspect.signature(model.forward)
-    try:
-        bound = signature.bind(*args, **kwargs).arguments
-    except TypeError as error:
-        raise BadInput(f"the call does not fit {type(model).__name__}.forward{signature}: {error}") from None
-    arguments: dict[str, Any] = {}
-    for name, value in bound.items():
-        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            arguments.update(value)
-        else:
-            arguments[name] = value
-    leaves, tree = pytree.tree_flatten_with_path(arguments)
+    arguments = by_name(model, args, kwargs)
+    leaves, tree = pytree.tree_flatten_with_path(opened(arguments))
     names: list[str] = []
     positions: list[int] = []
     statics: list[Any] = []
@@ -88,19 +95,46 @@ def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tu
             statics.append(None)
             tensors.append(leaf)
             key.append((tuple(leaf.shape), leaf.dtype, leaf.device))
-        elif isinstance(leaf, (*SCALARS, torch.dtype, torch.device, torch.Size)):
+        elif isinstance(leaf, STATIC):
             statics.append(leaf)
             key.append(leaf)
         else:
             raise BadInput(
                 f"argument {name} is a {type(leaf).__name__}; ditopt takes tensors, numbers, strings, None and "
-                "nested tuples, lists and dicts of them"
+                "nested tuples, lists, dicts and plain objects of them"
             )
     labels = tuple(dotted(path) for path, _ in leaves)
+    left_out = {
+        n: p.default for n, p in signature.parameters.items() if p.default is not p.empty and n not in arguments
+    }
+    defaults = [(dotted(path), leaf) for path, leaf in pytree.tree_flatten_with_path(left_out)[0]]
     spec = CallSpec(
-        tuple(key), tuple(names), tuple(positions), tuple(statics), tree, tuple(signature.parameters), labels
+        tuple(key),
+        tuple(names),
+        tuple(positions),
+        tuple(statics),
+        tree,
+        tuple(signature.parameters),
+        labels,
+        tuple((name, leaf) for name, leaf in defaults if isinstance(leaf, STATIC)),
     )
     return spec, tensors
+
+
+def by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names of ``model.forward``. BadInput where they do not fit."""
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise BadInput(f"the call does not fit {type(model).__name__}.forward{signature}: {error}") from None
+    arguments: dict[str, Any] = {}
+    for name, value in bound.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(value)
+        else:
+            arguments[name] = value
+    return arguments
 
 
 def arguments_of(example: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Mapping
 from types import FrameType
 
 _FOREIGN = ("/torch/", "/ditopt/capture/", "<")
@@ -30,6 +31,17 @@ def of_caller() -> str:
     while frame is not None and not _own(frame.f_code.co_filename):
         frame = frame.f_back
     return _words(traceback.StackSummary.extract(iter([(frame, frame.f_lineno)]))) if frame is not None else ""
+
+
+def module_of_caller(paths: Mapping[int, str]) -> str:
+    """The path of the innermost module that is running; ``paths`` by id. "" where none is."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        path = paths.get(id(frame.f_locals.get("self"))) if "self" in frame.f_code.co_varnames else None
+        if path is not None:
+            return path
+        frame = frame.f_back
+    return ""
 
 
 def _own(filename: str) -> bool:

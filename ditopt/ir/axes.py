@@ -14,7 +14,7 @@ from torch import fx
 
 from ditopt.ir.binding import data_operands
 from ditopt.ir.cost import is_attention
-from ditopt.ir.dims import Atom, Dim, Dims, Known, equation, factors, through
+from ditopt.ir.dims import Dim, Dims, Known, equation, factors, through
 from ditopt.ir.program import Function, Program, call_args, callee, is_call
 
 aten = torch.ops.aten
@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 def source(shape: Sequence[int]) -> Dims:
     """The dimensions of the source itself."""
-    return tuple(Dim(int(n), (Atom(int(n), frozenset({i})),)) for i, n in enumerate(shape))
+    return tuple(Dim.of(int(n), i) for i, n in enumerate(shape))
 
 
 def contracted(node: fx.Node, known: Known) -> frozenset[int]:

@@ -7,7 +7,7 @@ which the host decides, and the tables that correct predictions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -76,7 +76,8 @@ class Caching:
         self.reuse = Reuse(self.e, self.name, options.predictor, options.store)
         self.correction = Correction(self.e, self.name, options.correction) if options.correction else None
         self._kept: list[tuple[fx.Node, list[list[fx.Node]]]] = []
-        self._base: fx.Node | None = None  # the latent stream that enters the region
+        self._base: fx.Node | None = None  # the stream of the latent that enters the region
+        self._spare: fx.Node | None = None  # one that depends on the latent, where none is known to be its stream
         self._start: fx.Node | None = None  # the same stream before the first block
 
     def apply(self, selections: Sequence[Selection]) -> None:
@@ -98,7 +99,7 @@ class Caching:
         if self.o.signal:
             found = SIGNALS[self.o.signal](self._site())
             slot = self.reuse.slot("signal", found.node.meta["val"])
-            self.reuse.update(slot, found.node, "computed" if found.lag else "always")
+            self.reuse.update(slot, found.node, found.when)
             asked = rule(slot.meta["formal"].ref, found)
         gram = inner_products(self.reuse, self._kept) if self.o.predictor.basis == "dmd" else ""
         self.reuse.finish(self.before.step.state_out)
@@ -171,7 +172,7 @@ class Caching:
         return Site(
             self.e,
             self.reuse,
-            self._base,
+            self._base or self._spare,
             self._start,
             lambda: modulated_input(self.before, self.e, first, self.binding) if first is not None else None,
             self.e[latent] if latent is not None else None,
@@ -223,19 +224,30 @@ class Caching:
         self.regions.extend(sorted(ids, key=lambda i: int(i.split(".")[1])))
 
     def _follow(self, base: fx.Node | None, ids: set[str]) -> None:
-        """Note what signals measure: the stream that enters the first run, and where it began."""
+        """Note what signals measure: the stream of the latent that enters the first run, and where it began.
+
+        Behind joint attention a stream of text depends on the latent as well; it began without. Where streams are
+        joined in front of the run, the one of the latent is taken.
+        """
         if base is None or self._base is not None or not self.o.signal:
             return
-        back = {e: n for n in self.before.step.graph.nodes if n.op != "output" for e in [self.e[n]]}
-        if base not in back or not self.binding[back[base]] & Binding.LATENT:
-            return
-        self._base = base
+        back = {self.e[n]: n for n in self.before.step.graph.nodes if n.op != "output"}
         blocks = [b.id for b in self.before.blocks()]
-        front = set(blocks[: min(blocks.index(i) for i in ids)])
-        if front:
-            start = Span(self.before, self.binding, front).entry(back[base], self.e)
-            if start is not None and TensorType.of(start.meta["val"]) == TensorType.of(base.meta["val"]):
-                self._start = start
+        front = Span(self.before, self.binding, set(blocks[: min(blocks.index(i) for i in ids)]))
+        for stream in _joined(base, back, front):
+            if not self.binding[stream] & Binding.LATENT:
+                continue
+            computed = stream
+            while computed.target in (select, aten.clone.default):
+                computed = computed.args[0]  # type: ignore[assignment]
+            start = front.entry(computed, self.e) if computed in front else None
+            if start is not None and TensorType.of(start.meta["val"]) != TensorType.of(stream.meta["val"]):
+                start = None
+            began = [] if start is None else _joined(start, back, front)
+            if not front.calls or any(self.binding[n] & Binding.LATENT for n in began):
+                self._base, self._start = self.e[stream], start
+                return
+            self._spare = self._spare or self.e[stream]
 
     def _output(self, old: fx.Node, new: fx.Node) -> None:
         n = self.before.step.n_results
@@ -360,3 +372,12 @@ def _formal(e: Editor, name: str, value: Any) -> fx.Node:
 def _control(e: Editor, name: str, predictor: Predictor) -> fx.Node:
     with e.mode:
         return _formal(e, name, torch.empty(predictor.size))
+
+
+def _joined(node: fx.Node, back: Mapping[fx.Node, fx.Node], front: Span) -> list[fx.Node]:
+    """The streams, nodes of the Program, that the editable ``node`` joins or is cut from; results of ``front`` are
+    streams. ``back``: editable node -> node of the Program; what an edit made joins such nodes."""
+    own = back.get(node)
+    if own is not None and (own in front or own.target not in (aten.cat.default, aten.slice.Tensor)):
+        return [own]
+    return [n for a in node.all_input_nodes for n in _joined(a, back, front)]

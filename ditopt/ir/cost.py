@@ -13,6 +13,8 @@ import torch
 from torch import fx
 
 from ditopt.ir.program import Function, Program, callee, is_call
+from ditopt.ops import attention, linear_attention
+from ditopt.ops.call_module import BODIES, call_module
 
 aten = torch.ops.aten
 
@@ -47,6 +49,30 @@ def _attention(node: fx.Node) -> int:
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
+def _linear_attention(node: fx.Node) -> int:
+    """The operators of its spelling, counted one by one: what a sum of keys costs depends on how it is written."""
+    from ditopt.ops.linear_attention import decompose
+
+    graph, total = fx.Graph(), 0
+
+    def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        nonlocal total
+        made = graph.call_function(target, args, kwargs)
+        values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        made.meta["val"] = target(*values, **named)
+        total += flops(made)
+        return made
+
+    def operand(x: fx.Node) -> fx.Node:
+        made = graph.placeholder("x")
+        made.meta["val"] = torch.empty(_shape(x), dtype=x.meta["val"].dtype, device="meta")
+        return made
+
+    given: Any = fx.map_arg((node.args, node.kwargs), operand)
+    decompose(emit, *given[0], **given[1])
+    return total
+
+
 def _einsum(node: fx.Node) -> int:
     equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
     if len(operands) < 2:
@@ -60,6 +86,10 @@ def _einsum(node: fx.Node) -> int:
         sizes.update(zip(head, _shape(operand), strict=False))
         sizes.update(zip(reversed(tail), reversed(_shape(operand)), strict=False))
     return 2 * math.prod(_shape(node)) * math.prod(size for letter, size in sizes.items() if letter not in result)
+
+
+def _module(node: fx.Node) -> int:
+    return BODIES[str(node.args[2])].flops if node.args[2] in BODIES else 0
 
 
 _COUNT: dict[Any, Callable[[fx.Node], int]] = {
@@ -82,7 +112,12 @@ _COUNT: dict[Any, Callable[[fx.Node], int]] = {
     aten.conv_transpose2d.input: _transposed,
     aten.conv_transpose3d.input: _transposed,
     aten.scaled_dot_product_attention.default: _attention,
+    call_module: _module,
+    attention: _attention,
+    linear_attention: _linear_attention,
 }
+
+_ATTENTION = {aten.scaled_dot_product_attention.default, attention, linear_attention}
 
 
 def flops(node: fx.Node) -> int:
@@ -111,12 +146,12 @@ def step_flops(program: Program) -> tuple[int, int]:
 
 def is_matmul(node: fx.Node) -> bool:
     """Whether the node multiplies matrices (attention not included)."""
-    return node.target in _COUNT and node.target is not aten.scaled_dot_product_attention.default
+    return node.target in _COUNT and node.target not in _ATTENTION
 
 
 def is_attention(node: fx.Node) -> bool:
-    """Whether the node is softmax attention."""
-    return node.target is aten.scaled_dot_product_attention.default
+    """Whether the node is attention in one operator."""
+    return node.target in _ATTENTION
 
 
 def is_convolution(node: fx.Node) -> bool:

@@ -41,6 +41,11 @@ class Dim:
     atoms: tuple[Atom, ...] = ()
     start: int = 0
 
+    @staticmethod
+    def of(size: int, axis: int) -> Dim:
+        """The dimension of the source itself that is its ``axis``."""
+        return Dim(size, (Atom(size, frozenset({axis})),))
+
     @property
     def length(self) -> int:
         """How many positions come from the source."""

@@ -9,9 +9,10 @@ import torch
 from torch import fx
 
 from ditopt.ir.binding import Binding
+from ditopt.ir.mixing import VARIES
 from ditopt.ir.program import Function
 from ditopt.ir.reach import Reach
-from ditopt.ir.residual import CASTS, VARIES, find_branches
+from ditopt.ir.residual import CASTS, find_branches
 
 aten = torch.ops.aten
 

@@ -155,15 +155,18 @@ def _call(e: Editor, site: _Site, model: _Site, outputs: Sequence[int], name: st
     args = []
     for node, like in zip(site.inputs, model.inputs, strict=True):
         arg = now.get(node, e[node])
-        if TensorType.of(node.meta["val"]) != TensorType.of(like.meta["val"]):
+        if TensorType.of(arg.meta["val"]) != TensorType.of(like.meta["val"]):
             arg = _as_strided_like(e, arg, like, anchor)
         args.append(arg)
     values = [model.nodes[i].meta["val"] for i in outputs]
     results = e.call(name, args, values, anchor, site.id)
     inside = {e[n] for n in site.nodes}
     for i, result in zip(outputs, results, strict=True):
-        e.replace(e[site.nodes[i]], result, keep=inside)
-        now[site.nodes[i]] = result
+        node = site.nodes[i]
+        now[node] = result
+        if TensorType.of(result.meta["val"]) != TensorType.of(node.meta["val"]):
+            result = _as_strided_like(e, result, node, anchor)  # its other readers were traced for the layout it had
+        e.replace(e[node], result, keep={*inside, now[node]})
 
 
 def _dense(node: fx.Node) -> bool:

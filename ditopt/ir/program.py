@@ -111,12 +111,16 @@ class Interval:
 
     After the warm-up the counter starts at the last warm-up step: first=3, every=6 computes 0,1,2,8,14,20,...
     ``mask`` (text of 1 = compute and 0 = reuse, one a step) replaces the formula and fixes the number of steps.
+    ``since``, ``until``: the part of the request, 0 to 1, within which the formula holds; outside of it every step
+    computes. A window that begins later starts with a computed step.
     """
 
     every: int = 1
     first: int = 1
     last: int = 0
     mask: str = ""
+    since: float = 0.0
+    until: float = 1.0
 
 
 Basis = Literal["hold", "taylor", "newton", "lagrange", "hermite", "ab2", "ramp", "foca", "dmd"]
@@ -158,10 +162,11 @@ class Rule:
 
     ``signal``: state slot with what is read, float32 (1,). Where ``lag`` is False it is measured by the step itself,
     before the decision; else it is what an earlier step left. ``test``: "below" (reuse while it is below ``limit``),
-    "sum" (add it up since the last computed step, reuse while the sum is below ``limit``), "book" (``book`` gives the
-    number of steps to reuse: pairs of an upper bound of the number, per step that the value was held, and steps; the
-    last bound is inf). ``polynomial``: coefficients, highest degree first, applied to what was read, after clamping it
-    to ``domain`` (lowest, highest; () does not clamp); negative results count as 0.
+    "sum" (add it up since the last computed step, reuse while the sum is below ``limit``), "book" (after a computed
+    step ``book`` says how many steps later the next one computes: pairs of an upper bound and steps, the last bound
+    inf; it is asked with the number divided by the distance between the two newest computed steps). ``polynomial``:
+    coefficients, highest degree first, applied to what was read, after clamping it to ``domain`` (lowest, highest; ()
+    does not clamp); negative results count as 0.
     ``longest``, ``most``, ``budget``: at most so many reused steps in a row, in a request, and at most so large a sum
     of what was measured at reused steps since the last computed one; 0 is no bound.
     ``slots``, ``weights``, ``predictor``: of the forecast that the signal is the error of, where it is one. ``kind``:

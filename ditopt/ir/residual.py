@@ -5,9 +5,12 @@ the dataflow alone: an addition one operand of which is an ancestor of the other
 them. Nothing else is needed to find the modules of a model:
 
 * a position embedding, a control residual or the shift of a norm is added to what it is not computed from;
-* a branch *attends* where it multiplies two activations (in any spelling: fused, softmax written out, linear), because
-  all other products of a network are with weights. One that attends and has an activated layer beside the attention
+* a branch *attends* where it multiplies two activations so that tokens are mixed (in any spelling: fused, softmax
+  written out, linear; ir/mixing.py), because all other products of a network are with weights, or route tokens to
+  experts. One that attends and has an activated layer beside the attention
   (parallel blocks) also *feeds*, as one without attention does;
+* a part of a value is not continued by what is computed from other parts of it alone: a scan adds to each frame what
+  the frames before it have come to;
 * an addition around other branches that attend (a skip over the whole model, or half of a U) is no module but a
   container, and an addition inside a branch, whose sum nobody else reads, is a detail of that branch. What attends and
   is then fed forward before both are added to the stream, ``x + mlp(x + attention(x))``, is two branches.
@@ -19,12 +22,14 @@ import dataclasses
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from ditopt.ir.binding import Binding, data_operands
 from ditopt.ir.cost import is_attention, is_matmul
+from ditopt.ir.mixing import VARIES, among_tokens, mixes
 from ditopt.ir.program import Function
 from ditopt.ir.reach import Reach, places
 
@@ -77,9 +82,6 @@ _ACTIVATIONS = {
     aten.erf.default,
 }
 
-VARIES = Binding.LATENT | Binding.PROMPT
-"""What a stream depends on: the latent, or the prompt (text before it first meets the latent)."""
-
 
 @dataclass(frozen=True)
 class Branch:
@@ -99,13 +101,6 @@ class Branch:
         return bool(self.attention)
 
 
-def mixes(node: fx.Node, binding: Mapping[fx.Node, Binding]) -> bool:
-    """Whether ``node`` multiplies activations with each other: attention, or one of the products it is written as."""
-    if is_attention(node):
-        return True
-    return is_matmul(node) and sum(bool(binding[a] & VARIES) for a in data_operands(node)) > 1
-
-
 def find_branches(function: Function, binding: Mapping[fx.Node, Binding], reach: Reach) -> list[Branch]:
     """The residual branches of a flat function or a block body, in the order of their sums."""
     work = reach.bits(n for n in reach.nodes if is_matmul(n) or is_attention(n))
@@ -121,9 +116,9 @@ def find_branches(function: Function, binding: Mapping[fx.Node, Binding], reach:
             if stream is None or not binding[stream] & VARIES:
                 continue
             inside = reach.between(stream, value)
-            if inside & work:
+            if inside & work and not _of_others(stream, path, inside, reach):
                 nodes = inside | reach.bits([*path[: path.index(stream)], node])
-                mixing = inside & attention
+                mixing = among_tokens(stream, inside, inside & attention, binding, reach)
                 feeds = not mixing or _parallel(inside, mixing, work, active, reach)
                 found[node] = Branch(stream, value, node, inside, nodes, mixing, feeds)
                 break
@@ -156,6 +151,38 @@ def _origins(node: fx.Node, sums: Mapping[fx.Node, Branch]) -> list[fx.Node]:
         else:
             return path
         path.append(node)
+
+
+def _of_others(stream: fx.Node, path: Sequence[fx.Node], inside: int, reach: Reach) -> bool:
+    """Whether ``path`` takes one part of ``stream``, and ``inside`` reads nothing but other parts of it."""
+    at = path.index(stream)
+    part = _part(path[at - 1]) if at else None
+    others = [_part(u) for u in stream.users if u.op != "output" and inside >> reach.place[u] & 1]
+    return part is not None and all(o is not None and _apart(part, o) for o in others)
+
+
+def _part(node: fx.Node) -> tuple[int, int, int] | None:
+    """Which part of its operand a node takes, as (dimension, first, end); getitem takes from dimension -1. None where
+    it takes no part, or one with gaps."""
+    args: tuple[Any, ...] = node.args
+    if node.target is operator.getitem:
+        return -1, args[1], args[1] + 1
+    if node.target not in (aten.select.int, aten.slice.Tensor):
+        return None
+    shape = args[0].meta["val"].shape
+    dim = (args[1] if len(args) > 1 else 0) % len(shape)
+    if node.target is aten.select.int:
+        return dim, args[2] % shape[dim], args[2] % shape[dim] + 1
+    first, end, step = (*args[2:], None, None, None)[:3]
+    if step not in (None, 1):
+        return None
+    first, end, _ = slice(first, end).indices(shape[dim])
+    return dim, first, end
+
+
+def _apart(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
+    """Whether two parts of one value have nothing in common."""
+    return a[0] == b[0] and (a[2] <= b[1] or b[2] <= a[1])
 
 
 def _parallel(inside: int, attention: int, work: int, active: int, reach: Reach) -> bool:

@@ -6,7 +6,8 @@
     blocks.*.attn  blocks.1:-1.mlp  stage.1.attn       one module inside each of those blocks
     a|b                          alternatives, each one selection
 
-Slices are Python's; a fraction is of the number of blocks, rounded to the nearest.
+Slices are Python's, except that ``-0`` is the end (``blocks.8:-0`` leaves no block out at the end); a fraction is of
+the number of blocks, rounded to the nearest.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def _select(program: Program, text: str) -> Selection:
 def _slice(text: str, blocks: list[Region], index: str) -> list[Region]:
     parts = index.split(":")
     bad = RecipeError(f"region {text!r}: {index!r} is not a block number or a slice such as 1:-1 or 10%:90%")
-    if len(parts) > 2 or not all(re.fullmatch(r"\*|-?\d+|\d+%|", p) for p in parts):
+    if len(parts) > 2 or not all(re.fullmatch(r"\*|-?\d+%?|", p) for p in parts):
         raise bad
     if parts == ["*"]:
         return blocks
@@ -85,9 +86,13 @@ def _slice(text: str, blocks: list[Region], index: str) -> list[Region]:
         return blocks[at : at + 1] if 0 <= at < n else []
 
     def bound(part: str) -> int | None:
-        if part.endswith("%"):
-            return (2 * n * int(part[:-1]) + 100) // 200  # rounds half up; round() would round half to even
-        return int(part) if part else None
+        if not part:
+            return None
+        size = part.removeprefix("-")
+        at = int(size.removesuffix("%"))
+        if size.endswith("%"):
+            at = (2 * n * at + 100) // 200  # rounds half up; round() would round half to even
+        return max(n - at, 0) if part.startswith("-") else at
 
     return blocks[slice(*map(bound, parts))]
 

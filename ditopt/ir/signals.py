@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -47,11 +47,12 @@ class Site:
 
 @dataclass(frozen=True)
 class Signal:
-    """``node``: the number. ``lag``: it is measured where the step computes and read by later steps. ``slots``,
+    """``node``: the number. ``lag``: a step leaves it for later ones, ``when`` it computes or always. ``slots``,
     ``weights``: of the forecast whose error it is."""
 
     node: fx.Node
     lag: bool = False
+    when: Literal["always", "computed"] = "always"
     slots: tuple[str, ...] = ()
     weights: str = ""
 
@@ -144,11 +145,20 @@ def boundary(s: Site) -> Signal:
 
 
 def change(s: Site) -> Signal:
-    """AdaCache, Temporal Delta Cache: how far the first kept value is from the one computed before it; left for the
-    steps that follow."""
-    value, slots = s.kept[0]
+    """AdaCache, Temporal Delta Cache: how far a kept value, the middle one of all, is from the one computed before it;
+    left for the steps that follow."""
+    value, slots = s.kept[len(s.kept) // 2]
     at = s.e.graph.output_node()
-    return Signal(relative(s.e, value, guess(s.e, slots, value.meta["val"], None, at)), lag=True)
+    return Signal(relative(s.e, value, guess(s.e, slots, value.meta["val"], None, at)), lag=True, when="computed")
+
+
+def drift(s: Site) -> Signal:
+    """Dynamic block pruning: how far the stream that enters the region is from that of the step before; left for the
+    step that follows, so that one read serves the decisions of all blocks."""
+    base = _needed(s.base, "signal=drift needs a run of blocks that continues a stream of the latent")
+    seen = s.reuse.slot("seen", base.meta["val"])
+    s.reuse.update(seen, base, "always")
+    return Signal(relative(s.e, base, seen), lag=True)
 
 
 def _one(e: Editor) -> Any:
@@ -163,4 +173,5 @@ SIGNALS: Mapping[str, Callable[[Site], Signal]] = {
     "forecast": forecast,
     "boundary": boundary,
     "change": change,
+    "drift": drift,
 }

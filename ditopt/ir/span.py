@@ -13,6 +13,7 @@ from ditopt.ir.cost import is_convolution, is_matmul
 from ditopt.ir.edit import Editor
 from ditopt.ir.modules import rejoined, saturates, stream_origins
 from ditopt.ir.program import Program, TensorType, call_args, callee, is_call
+from ditopt.ops import select
 
 aten = torch.ops.aten
 
@@ -72,6 +73,8 @@ class Span:
         """The value outside the run that ``value`` continues along residual adds, splits and joins of streams."""
         if value not in self:
             return e[value]
+        if value.target in (select, aten.clone.default):  # what an earlier decision may predict
+            return self.origin(value.args[0], e)  # type: ignore[arg-type]
         whole = rejoined(value)
         if whole is not None:
             return self.origin(whole, e)

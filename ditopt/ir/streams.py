@@ -23,9 +23,10 @@ from torch import fx
 from ditopt.ir.axes import contracted, follow, rows, source
 from ditopt.ir.binding import Binding, data_operands
 from ditopt.ir.dims import Atom, Dim, Dims, Known
+from ditopt.ir.mixing import VARIES
 from ditopt.ir.program import Function, MadeOf, Program, Stream, call_args, callee, formal
 from ditopt.ir.reach import Reach
-from ditopt.ir.residual import MOVES, VARIES, find_branches, mixes
+from ditopt.ir.residual import MOVES, find_branches
 
 aten = torch.ops.aten
 
@@ -108,8 +109,9 @@ def _layout(dims: Sequence[Dim]) -> tuple[int, int, tuple[int, ...]]:
 def _body(program: Program, body: Function, binding: Mapping[fx.Node, Binding]) -> list[_Tokens]:
     """The formals of ``body`` that its results continue."""
     reach = Reach(body)
-    sums = {b.sum: b.stream for b in find_branches(body, binding, reach)}
-    mixing = [n for n in reach.nodes if n.op == "call_function" and mixes(n, binding)]
+    branches = find_branches(body, binding, reach)
+    sums = {b.sum: b.stream for b in branches}
+    mixing = [n for n in reach.nodes if any(b.attention >> reach.place[n] & 1 for b in branches)]
     best: dict[fx.Node, tuple[tuple[int, int], int, tuple[int, ...]]] = {}
     labels: dict[fx.Node, tuple[Known, tuple[int, ...]]] = {}
     for k, result in enumerate(body.results[: body.n_results]):

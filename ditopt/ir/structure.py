@@ -169,7 +169,10 @@ def _groups(branches: Sequence[Branch], near: Mapping[fx.Node, set[fx.Node]], re
     groups.sort(key=lambda g: (level[g[0].sum], reach.place[g[0].sum]))
     if any(b.attends for b in branches):
         groups = [g for g in groups if any(b.attends for b in g)]
-        return [part for g in groups for part in ([g] if any(b.feeds for b in g) else _copies(g, reach))]
+        made: list[list[Branch]] = []
+        for g in groups:
+            made += [g] if any(b.feeds for b in g) else _copies(g, reach, _attentions_before(g, made, near))
+        return made
     return [part for g in groups for part in _copies(g, reach) if len(part) < len(g)]
 
 
@@ -200,10 +203,19 @@ def _components(count: int, links: Iterable[tuple[int, int]]) -> list[list[int]]
     return [[i for i in range(count) if part[i] == p] for p in dict.fromkeys(part)]
 
 
-def _copies(group: list[Branch], reach: Reach) -> list[list[Branch]]:
-    """Equal parts of a group of which no turn tells where a block ends: its smallest period."""
+def _attentions_before(
+    group: Sequence[Branch], groups: Sequence[Sequence[Branch]], near: Mapping[fx.Node, set[fx.Node]]
+) -> int:
+    """How many attentions the block has that ``group`` continues; 1 where it continues none."""
+    before = next((g for g in reversed(groups) if any(near[a.sum] & {b.sum for b in g} for a in group)), ())
+    return max(sum(b.attends for b in before), 1)
+
+
+def _copies(group: list[Branch], reach: Reach, least: int = 1) -> list[list[Branch]]:
+    """Equal parts, of ``least`` branches or more, of a group of which no turn tells where a block ends: its smallest
+    period. The last of blocks that feed first and attend last is such a group."""
     kinds = [tuple(label(n) for n in reach.members(b.inside)) for b in group]
-    for period in range(1, len(group) // 2 + 1):
+    for period in range(least, len(group) // 2 + 1):
         if len(group) % period == 0 and kinds[period:] == kinds[:-period]:
             return [group[i : i + period] for i in range(0, len(group), period)]
     return [group]

@@ -3,6 +3,9 @@
 Importing this package registers them as ``torch.ops.ditopt.*``.
 """
 
+from ditopt.ops.attention import attention
+from ditopt.ops.call_module import call_module
+from ditopt.ops.linear_attention import linear_attention
 from ditopt.ops.select import select
 
-__all__ = ["select"]
+__all__ = ["attention", "call_module", "linear_attention", "select"]

@@ -1,6 +1,6 @@
 """Caching systems side by side: error against executed work, beside fewer steps, better solvers, and other libraries.
 
-    python -m examples.bench.caching --model digits --seeds 8 --out digits.csv
+    python -m examples.bench.caching --model digits --out examples/bench/caching_digits.csv
     python -m examples.bench.caching --model digits --only ditopt,steps --levels 0.3,0.5
 
 Every contestant samples the same requests (a shipped model, its own scheduler and guidance). Work is what torch's own
@@ -9,7 +9,8 @@ PSNR over samples to the plain samples of the same seed, and to a run of 200 ste
 
     steps          the plain model with fewer steps
     solver         the plain model with fewer steps of diffusers' multistep solvers
-    ditopt         recipes; those that are fitted are fitted on other seeds than those they are judged by
+    ditopt         recipes
+    fitted         recipes of ditopt that are fitted, on other seeds than those they are judged by
     diffusers      its cache hooks, in a cache context
     cache-dit      where it is installed (pip install --no-deps cache-dit)
 
@@ -97,10 +98,24 @@ def solvers(levels: Sequence[float], full: int) -> Iterator[Contestant]:
 
 def recipes(full: int) -> Iterator[Contestant]:
     texts = [f"forecast{{interval={n},order={o}}}" for n in (2, 3, 4, 5) for o in (1, 2)]
-    texts += [f"taylorseer{{interval={n},order={o}}}" for n in (2, 3, 4, 5) for o in (1, 2, 3)]
-    texts += [f"fora{{interval={n}}}" for n in (2, 3, 4, 5)]
+    texts += [f"taylorseer{{interval={n},order={o}}}" for n in (2, 3, 4) for o in (1, 2, 3)]
+    texts += [f"fora{{interval={n}}}" for n in (2, 3, 4)]
     for text in texts:
         yield Contestant("ditopt", text, full, optimized(text, full))
+
+
+def fitted(levels: Sequence[float], full: int, sample: Any, seconds: float) -> Iterator[Contestant]:
+    """Systems that are fitted to the model, on the requests of seeds 0 to 3."""
+    texts = [f"searched{{share={level}}}" for level in levels]
+    texts += [f"magcache{{threshold={t}}}" for t in (0.03, 0.06, 0.12, 0.24)]
+    texts += [f"smoothcache{{alpha={a}}}" for a in (0.08, 0.18, 0.35)]
+    for text in texts:
+
+        def make(pipe: Any, text: str = text) -> Any:
+            recipe = ditopt.calibrate(pipe, text, sample, steps=full, seeds=range(4), seconds=seconds, progress=False)
+            return ditopt.optimize(pipe, recipe, steps=full, target="eager")
+
+        yield Contestant("ditopt", f"{text} fitted", full, make)
 
 
 def optimized(recipe: Any, full: int) -> Callable[[Any], Any]:
@@ -271,14 +286,21 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8, help="samples of a request")
     parser.add_argument("--levels", default="0.2,0.27,0.33,0.4,0.5,0.6,0.7,0.8", help="shares of plain work")
-    parser.add_argument("--only", default=",".join(FAMILIES))
+    parser.add_argument("--only", default=",".join([*FAMILIES, "fitted"]), help="families, with commas between")
+    parser.add_argument("--seconds", type=float, default=60.0, help="that a search may take")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     levels = [float(x) for x in args.levels.split(",")]
     began = time.time()
     bench = Bench(args.model, args.steps, args.requests, args.samples)
-    wanted = [c for family in args.only.split(",") for c in FAMILIES[family](levels, args.steps)]
-    rows = [bench.row(c) for c in tqdm(wanted, unit="contestant", mininterval=5)]
+    only = args.only.split(",")
+    wanted = [c for family in only if family in FAMILIES for c in FAMILIES[family](levels, args.steps)]
+    if "fitted" in only:
+        wanted += fitted(levels, args.steps, bench.shipped.sample, args.seconds)
+    rows: list[Row] = []
+    with contextlib.suppress(KeyboardInterrupt):  # what was measured by then is written
+        for c in tqdm(wanted, unit="contestant", mininterval=5):
+            rows.append(bench.row(c))
     rows.sort(key=lambda r: (r.error != "", r.share))
     out = args.out.open("w", newline="") if args.out else sys.stdout
     writer = csv.writer(out, lineterminator="\n")

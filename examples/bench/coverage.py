@@ -97,7 +97,7 @@ def write(rows: Iterable[Row], file: Path = CSV) -> None:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The counts of each column; folded, a line for each denoiser and why what fails fails."""
-    counts = ", ".join(f"{column} {sum(r.passed(column) for r in rows)}" for column in COLUMNS)
+    counts = ", ".join(_count(rows, column) for column in COLUMNS)
     ratios = [r.seconds / r.bare for r in rows if r.seconds and r.bare]
     lines = [
         f"**Of {len(rows)}: {counts}; all five {sum(r.green for r in rows)}.** Capture, analysis and all exact passes",
@@ -109,14 +109,26 @@ def markdown(rows: Sequence[Row]) -> str:
         "|---|---|---|---|---|---|---|---|",
         *map(_line, rows),
     ]
-    failing = [f"* {r.name}: {shorten('; '.join(r.reasons()), 240, placeholder=' ...')}" for r in rows if not r.green]
+    failing = [f"* {r.name}: {shorten('; '.join(r.reasons()), 240, placeholder=' ...')}" for r in rows if r.reasons()]
     if failing:
         lines += ["", "What fails, and why:", "", *failing]
+    exempt = [f"* {r.name}: {c}: {getattr(r, c).removeprefix('none: ')}" for r in rows for c in _exempt(r)]
+    if exempt:
+        lines += ["", "What does not apply, and why:", "", *exempt]
     return "\n".join([*lines, "", "</details>"])
 
 
+def _count(rows: Sequence[Row], column: str) -> str:
+    concerned = sum(row.applies(column) for row in rows)
+    return f"{column} {sum(r.passed(column) for r in rows)}" + f" of {concerned}" * (concerned < len(rows))
+
+
+def _exempt(row: Row) -> list[str]:
+    return [column for column in COLUMNS if not row.applies(column)]
+
+
 def _line(row: Row) -> str:
-    marks = {c: "✓" if row.passed(c) else "✗" for c in COLUMNS}
+    marks = {c: "✓" if row.passed(c) else "✗" if row.applies(c) else "n/a" for c in COLUMNS}
     captured = row.captured if row.passed("captured") else "✗"
     blocks = f"{row.blocks}" if row.passed("blocks") else f"✗ {row.blocks} of {row.expected}"
     cells = [row.name, captured, blocks, str(row.classes), f"{row.hoisted:.0%}"]
@@ -165,7 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             before = table.get(name, Row(name))
             row = replace(row, onnx=before.onnx, bare=before.bare)
         write([*(table | {name: row}).values()], options.out)
-        bar.write(f"{name}: {'; '.join(row.reasons()) or 'all five'}", file=sys.stderr)
+        told = "; ".join(row.reasons()) or ("all five" if row.green else "all that apply")
+        bar.write(f"{name}: {told}", file=sys.stderr)
 
 
 if __name__ == "__main__":

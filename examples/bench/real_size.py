@@ -57,6 +57,23 @@ def flux_dev() -> Call:
     return model, {"hidden_states": half(1, 4096, 64), "timestep": one(0.5), "guidance": one(3.5), **text, **ids}
 
 
+def pixart_sigma() -> Call:
+    """PixArt-Sigma at 1024x1024 pixels: 28 blocks."""
+    model = diffusers.PixArtTransformer2DModel(caption_channels=4096, use_additional_conditions=False)
+    mask = torch.ones(1, 300)
+    sizes = {"resolution": None, "aspect_ratio": None}
+    text = {"encoder_hidden_states": half(1, 300, 4096), "encoder_attention_mask": mask}
+    return model, {"hidden_states": half(1, 4, 128, 128), "timestep": one(), "added_cond_kwargs": sizes, **text}
+
+
+def qwen_image() -> Call:
+    """Qwen-Image at 1024x1024 pixels: 60 double blocks."""
+    model = diffusers.QwenImageTransformer2DModel()
+    text = {"encoder_hidden_states": half(1, 128, 3584), "encoder_hidden_states_mask": torch.ones(1, 128).long()}
+    shapes = {"img_shapes": [(1, 64, 64)]}
+    return model, {"hidden_states": half(1, 4096, 64), "timestep": one(0.5), **shapes, **text}
+
+
 def sd3_medium() -> Call:
     """Stable Diffusion 3 medium at 1024x1024 pixels: 24 double blocks."""
     model = diffusers.SD3Transformer2DModel(
@@ -82,6 +99,8 @@ MODELS: dict[str, Callable[[], Call]] = {
     "DiT-XL/2": dit_xl,
     "FLUX.1-dev": flux_dev,
     "SD3-medium": sd3_medium,
+    "PixArt-Sigma": pixart_sigma,
+    "Qwen-Image": qwen_image,
     "Wan2.1-14B": wan_14b,
 }
 

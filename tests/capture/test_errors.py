@@ -98,7 +98,7 @@ def line_of(cls: type, text: str) -> int:
         (Counts, ["changes its attribute step during forward", "Make it an input of forward"]),
         (CountsInside, ["changes its attribute seen.steps.0 during forward"]),
         (Buffers, ["changes seen during forward", "Pass it in and return it"]),
-        (Overwrites, ["changes its input x in place during forward", "clone the input first"]),
+        (Overwrites, ["changes its input x in place during forward at ", __file__, "clone the input first"]),
         (Bakes, ["differs from the model", "second input", "depends on tensor values"]),
         (Random, ["differs from the model", "not deterministic"]),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import warnings
@@ -64,6 +65,12 @@ def test_the_worth_of_a_decision_is_what_it_skips():
 # -- graphs of a schedule ----------------------------------------------------------------------------------------------
 
 
+def rows_of(made, target, steps):
+    rows = variants(made, target, steps)
+    assert rows is not None
+    return rows
+
+
 def masked(masks):
     return ", ".join(f"cache{{region=blocks.{i},mask={m}}}" for i, m in enumerate(masks))
 
@@ -72,7 +79,7 @@ def test_a_schedule_with_too_many_kinds_of_steps_keeps_the_best_eight_and_says_s
     masks = ["1" + "".join(str(k >> i & 1) for k in range(15)) for i in range(4)]
     made = program(masked(masks))
     with pytest.warns(DitoptWarning, match=r"16 combinations .* 'inductor' gets 8 compiled ones") as said:
-        rows = variants(made, "inductor", None)
+        rows = rows_of(made, "inductor", None)
     assert len(said) == 1
     assert len(rows) == 8
     asked = [{f"cache{i}" for i, m in enumerate(masks) if m[k] == "0"} for k in range(1, 16)]
@@ -81,7 +88,7 @@ def test_a_schedule_with_too_many_kinds_of_steps_keeps_the_best_eight_and_says_s
     assert saved(reused(rows), asked) > saved(first, asked)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(variants(made, "eager", None)) == 16
+        assert len(rows_of(made, "eager", None)) == 16
 
 
 def test_an_unknown_number_of_steps_needs_no_more_graphs_than_the_schedule_has():
@@ -128,14 +135,14 @@ def test_eager_follows_any_masks_and_gives_what_a_model_made_for_them_gives():
         text = ", ".join(f"cache{{region=blocks.{i},residual=no,mask={m}}}" for i, m in enumerate(masks.values()))
         made = program(text, 5)
         own = build(made, "eager", variants(made, "eager", 8))
-        want = request(Session(), Plan(own.manifest, own.run, lambda made=made: made.params), seed)
+        want = request(Session(), Plan(own.manifest, own.run, functools.partial(getattr, made, "params")), seed)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:cache .* was never reused")
 def test_a_plan_for_one_schedule_computes_where_another_would_read_what_it_does_not_keep():
     made = program(EACH, 5)
-    rows = variants(made, "eager", 8)
+    rows = rows_of(made, "eager", 8)
     assert len(rows) == 2
     fixed = plan(EACH, rows, 5)
     assert len(fixed.manifest.state) < len(plan(EACH, blocks=5).manifest.state)

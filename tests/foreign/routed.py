@@ -127,11 +127,8 @@ MODELS = [
     Foreign("moe_capacity", lambda: RoutedDiT(Capacity), routed_call, 3),
 ]
 
-REFUSED = [
-    (
-        Foreign("moe_gathered", lambda: RoutedDiT(Gathered, depth=1), routed_call, 1),
-        "row, place = torch.where(index == e)",
-    ),
-    (Foreign("moe_masked", lambda: RoutedDiT(Masked, depth=1), routed_call, 1), "if chose.any():"),
+ROUTED = [
+    Foreign("moe_gathered", lambda: RoutedDiT(Gathered, depth=1), routed_call, 1),
+    Foreign("moe_masked", lambda: RoutedDiT(Masked, depth=1), routed_call, 1),
 ]
-"""Models whose shapes or branches the latent decides, and the line of theirs that an error has to show."""
+"""Models whose experts look at the latent: shapes or branches that it decides."""

@@ -338,14 +338,22 @@ def test_the_output_of_a_model_without_blocks_can_be_forecast():
 
 
 def test_a_model_without_a_timestep(tmp_path):
-    """On each road it gets local passes only, and is told."""
+    """On each road it is told that only the latent tells steps apart, and only inside a session."""
     none, given = NoTime().eval(), {"x": torch.ones(2, 8), "other": torch.ones(2, 8)}
-    says = r"no timestep input, so nothing can be kept .* pass roles=\{'<name>': 'timestep'\}"
+    says = r"no timestep input, so steps are told apart by the latent, .* pass roles=\{'<name>': 'timestep'\}"
     with pytest.warns(DitoptWarning, match=says):
-        fast = ditopt.optimize(none, "fora", target="eager", example_inputs=given)
-    assert torch.equal(fast(**given), none(**given))
+        fast = ditopt.optimize(none, "cache{region=model,every=2}", target="eager", example_inputs=given)
+    later = [{**given, "x": given["x"] * k} for k in (1, 2, 3)]
+    for call in later:  # each call a request of its own
+        assert torch.equal(fast(**call), none(**call))
+    with fast.session(steps=3):
+        assert [torch.equal(fast(**call), none(**later[0])) for call in later] == [True, True, False]
     with pytest.warns(DitoptWarning, match=says):
-        ditopt.export_onnx(none, tmp_path / "x.onnx", "fora", example_inputs=given)
+        ditopt.export_onnx(none, tmp_path / "x.onnx", "cache{region=model,every=2}", steps=3, example_inputs=given)
+    recipe = "cache{region=model,every=2,predictor=newton,order=1,time=timestep}"
+    with pytest.warns(DitoptWarning) as said:
+        ditopt.optimize(none, recipe, target="eager", example_inputs=given)
+    assert "there is no timestep to measure distance in; cache{time=step} counts steps" in str(said[1].message)
 
 
 # -- torch.compile -----------------------------------------------------------------------------------------------------

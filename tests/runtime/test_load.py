@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import torch
 from torch.testing import assert_close
 
 from ditopt.artifact import VERSION, Manifest, StepGraph
-from ditopt.codegen.onnx.export import export_artifact
+from ditopt.codegen.onnx.export import WeightStore, export_artifact, export_graph
 from ditopt.errors import ArtifactError, BadInput, DitoptWarning, MissingExtra, SessionError
 from ditopt.ir.program import Formal, Input, TensorType
 from ditopt.runtime import ort as ort_module
@@ -177,6 +178,7 @@ def run_one(fn, example, tmp_path):
         (lambda w, x: (x.cumsum(0) / x.sum(-1, keepdim=True),), [torch.rand(3, 4).half() + 1]),
         (lambda w, x: (x.any(0),), [torch.tensor([[True, False], [False, False]])]),
         (lambda w, x: (torch.cat([x, x.new_ones(2, 3)], 1),), [torch.randn(2, 0)]),
+        (lambda w, x: (x[2:] * 2,), [torch.randn(2, 3)]),
         (lambda w, x: (torch.nn.functional.layer_norm(x, (8,)).softmax(-1),), [torch.randn(2, 8).half()]),
         (lambda w, x: (x.to(torch.int32),), [torch.randn(2, 8, dtype=torch.float64)]),
     ],
@@ -259,3 +261,18 @@ def test_the_runtime_needs_neither_compiler_nor_model(folder):
         assert not [m for m in sys.modules if m.startswith(("ditopt.passes", "ditopt.codegen", "diffusers"))]
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_tensors_without_elements_go_in_and_out(tmp_path):
+    """As the masked tokens of a prompt without any, which a memo holds."""
+    kept, none = TensorType(torch.float32, (2, 3)), TensorType(torch.float32, (0, 3))
+    formals = [Formal("input", "kept"), Formal("input", "none")]
+    module, formals, values = graph_of(lambda w, a, b: (a + 1, b * 2), {}, [], formals, [kept, none])
+    graph = StepGraph("g", {}, formals, 2)
+    store = WeightStore("w.safetensors")
+    export_graph(graph, module, {}, values, tmp_path / "g.onnx", store)
+    store.write(tmp_path)
+    step = ort_module._Graph(tmp_path, dataclasses.replace(graph, file="g.onnx"))
+    more, empty = step([torch.ones(2, 3), torch.ones(0, 3)])
+    assert_close(more, torch.full((2, 3), 2.0))
+    assert empty.shape == (0, 3)

@@ -76,10 +76,10 @@ def test_ramp_needs_to_know_how_long_the_request_is():
         weights(Predictor("ramp"), [6, 4], 7)
 
 
-def test_foca_adds_half_of_both_changes_and_stops_at_its_horizon():
+def test_foca_adds_half_of_both_changes_and_fades_beyond_its_horizon():
     assert weights(Predictor("foca"), [6, 4], 8) == pytest.approx([2, -1, 1, -1])
-    far = weights(Predictor("foca"), [6, 4], 20)
-    assert far == pytest.approx([1 + HORIZON / 2, -HORIZON / 2, HORIZON / 2, -HORIZON / 2])
+    far, blend = weights(Predictor("foca"), [6, 4], 20), HORIZON / 14
+    assert far == pytest.approx([1 + 1.5 * blend, -1.5 * blend, 1.5 * blend, -1.5 * blend])
     assert weights(Predictor("foca"), [6], 8) == pytest.approx([1, 0, 0, 0])
 
 

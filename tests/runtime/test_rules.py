@@ -9,7 +9,18 @@ import pytest
 
 from ditopt.errors import SessionError
 from ditopt.ir.program import Decision, Interval, Predictor, Rule
-from ditopt.runtime.policy import distinct, needed, schedule, wanted_sets
+from ditopt.runtime.policy import (
+    BYPASS,
+    COMPUTE,
+    REUSE,
+    Anchor,
+    choose,
+    distinct,
+    needed,
+    schedule,
+    table,
+    wanted_sets,
+)
 from ditopt.runtime.rules import Course, asks, decide, shaped
 
 
@@ -55,17 +66,17 @@ def test_a_guard_that_forbids_reuse_reads_nothing():
     assert not asks(rule, Course(run=1))
 
 
-def test_a_book_grants_steps_by_the_change_per_step_held():
+def test_a_book_says_how_far_the_next_computed_step_is_by_the_change_per_step():
     rule = Rule("s", "book", lag=True, book=((0.1, 3.0), (0.2, 2.0), (math.inf, 1.0)))
     course, read = Course(), []
     out = ""
-    for signal in (0.05, None, None, None, 0.45, None, None, 0.9, None):
+    for signal in (0.05, None, None, 0.45, None, 0.9):
         if asks(rule, course):
             read.append(signal)
         reuse, course = decide(rule, course, signal if asks(rule, course) else None)
         out += "0" if reuse else "1"
-    # 0.05 grants 3; 0.45 / 3 held = 0.15 grants 2; 0.9 / 2 held = 0.45 grants 1
-    assert out == "000100101"
+    # the next computed step is 3 after this one; 0.45 / 3 = 0.15: 2 after; 0.9 / 2 = 0.45: the very next
+    assert out == "001011"
     assert read == [0.05, 0.45, 0.9]
 
 
@@ -91,7 +102,7 @@ def test_needed_values_against_a_count_of_what_later_steps_read():
             read = {a for s in range(step + 1, 12) if mask[s] == "0" for a in held[s][: d.predictor.anchors]}
             want = [a for a in held[step] if a in read]
             found = needed(d, schedule(d.schedule, 12), step)
-            assert want == held[step][:found] or (found > len(held[step]) and want == held[step])
+            assert want == held[step][:found] or (found > len(held[step]) and want == held[step])  # type: ignore[operator]
 
 
 def test_what_is_measured_or_of_unknown_length_says_nothing_of_later_readers():
@@ -130,3 +141,40 @@ def test_what_a_rule_decides_may_go_either_way():
 def test_no_cadence_means_that_only_the_ends_must_compute():
     rule = schedule(Interval(0, 2, 1), 8)
     assert [rule(s) for s in range(8)] == [True, True, False, False, False, False, False, True]
+
+
+# -- windows -----------------------------------------------------------------------------------------------------------
+
+
+def choices(interval: Interval, steps: int) -> str:
+    """c, r or b for each step of a dry run."""
+    d = Decision("c", (), interval, Predictor(), (), "")
+    return "".join(row.choices["c"][0] for row in table([d], steps))
+
+
+def test_outside_of_its_window_a_schedule_computes_and_keeps_nothing():
+    assert choices(Interval(2, until=0.5), 12) == "crcrcrbbbbbb"
+    assert choices(Interval(3, since=0.5), 12) == "bbbbbbcrrcrr"
+    assert choices(Interval(2, 2, since=0.25, until=0.75), 12) == "bbbcrcrcrbbb"
+
+
+def test_the_first_step_of_a_window_computes():
+    rule = schedule(Interval(2, since=0.5), 8)
+    assert choose(rule, (), 3) == BYPASS
+    assert choose(rule, (), 4) == COMPUTE
+    assert choose(rule, (Anchor(4),), 5) == REUSE
+
+
+def test_a_window_needs_the_number_of_steps():
+    with pytest.raises(SessionError, match=r"'c'.*0.5 to 1.*number of steps is unknown"):
+        schedule(Interval(2, since=0.5), None, "c")
+
+
+def test_two_windows_make_the_rows_of_both():
+    early = Decision("a", (), Interval(2, until=0.5), Predictor(), (), "")
+    late = Decision("b", (), Interval(2, since=0.5), Predictor(), (), "")
+    found = {(row["a"], row["b"]) for row in distinct([early, late], 8)}
+    assert found == {(COMPUTE, BYPASS), (REUSE, BYPASS), (BYPASS, COMPUTE), (BYPASS, REUSE)}
+    rules = {d.name: schedule(d.schedule, 8) for d in (early, late)}
+    assert [needed(early, rules["a"], s) for s in range(8)] == [1, 0, 1, 0, 0, 0, 0, 0]
+    assert [needed(late, rules["b"], s) for s in range(4, 8)] == [1, 0, 1, 0]

@@ -1,0 +1,130 @@
+"""What is captured, and what comes out: what all ways of capture share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditopt._torch import is_fake
+from ditopt.capture import flex, where
+from ditopt.capture.aside import forgetful, quiet
+from ditopt.capture.flat import Flat, Packing
+from ditopt.capture.graph import Untraceable, refuse_symbols, to_program
+from ditopt.capture.guard import Guard
+from ditopt.capture.spec import CallSpec
+from ditopt.errors import BadInput, CaptureError
+from ditopt.ir.program import Program, Role
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured signature: the Program, how calls map to it, how its outputs are packed, and what capture did.
+
+    ``guard``: what must hold of the inputs beyond their signature, where anything must. ``put(results, arguments)``
+    writes into the arguments of a call what the model writes into them (a cache of keys and values); None where it
+    writes nothing. ``written``: dotted names of the tensors among that, which are results after those of the output.
+    """
+
+    program: Program
+    spec: CallSpec
+    pack: Callable[[Sequence[Tensor]], Any]
+    structure: str | tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    guard: Guard | None = None
+    put: Callable[[Sequence[Tensor], Any], None] | None = None
+    written: tuple[str, ...] = ()
+
+    def refuse_writes(self, action: str) -> None:
+        """BadInput where the model writes tensors into its arguments, which a file cannot. ``action``: "exported"."""
+        if self.written:
+            raise BadInput(
+                f"this call cannot be {action}: it writes {self.written[0]} into its arguments, and a file has nothing "
+                "to write it into; give example_inputs of a call that only reads them"
+            )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One signature of a model that is to be captured."""
+
+    model: nn.Module
+    spec: CallSpec
+    tensors: Sequence[Tensor]
+    roles: Mapping[str, Role]
+    weights: Collection[str]
+
+    @property
+    def name(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def fake(self) -> bool:
+        """Whether there are no values: shapes and types only."""
+        return any(is_fake(t) for t in [*self.tensors, *self.model.parameters(), *self.model.buffers()])
+
+    def export(self, flat: Flat, more: Callable[[], int] = lambda: 0) -> tuple[Program, int]:
+        """The Program of ``flat``, whose last ``more()`` results are not the model's, and how many flex attentions were
+        lowered. Untraceable where tracing stops."""
+        exported = self.exported(flat)
+        refuse_packing(self.name, flat.packing)
+        lowered = flex.expand(exported.graph_module)
+        return self.program(exported, more()), lowered
+
+    def program(self, exported: Any, more: int = 0) -> Program:
+        """The Program of a functional graph without symbols."""
+        return to_program(self.model, exported, self.spec, self.tensors, self.roles, self.weights, more)
+
+    def exported(self, module: nn.Module, dynamic_shapes: Any = None) -> Any:
+        """The functional ExportedProgram of ``module``, called with the tensors. Untraceable where tracing stops."""
+        try:
+            with quiet(), forgetful(), torch.no_grad():
+                exported = torch.export.export(
+                    module, distinct(self.tensors), strict=False, dynamic_shapes=dynamic_shapes
+                )
+                refuse_symbols(self.name, exported.graph)
+                return exported.run_decompositions({})
+        except Untraceable:
+            raise
+        except Exception as error:
+            raise Untraceable(_stopped(self.name, error)) from error
+
+
+def refuse_packing(name: str, packing: Packing) -> None:
+    """CaptureError where the model's run did what no graph can say."""
+    if packing.changed:
+        raise CaptureError(
+            f"{name} changes its attribute {packing.changed[0]} during forward; a graph would keep one value for ever. "
+            "Make it an input of forward."
+        )
+    if packing.opaque:
+        raise CaptureError(
+            f"{name} returns a {packing.opaque[0]}, in which ditopt does not look for tensors; return tensors, or "
+            "tuples, lists, dicts and dataclasses of them"
+        )
+    if packing.removed:
+        raise CaptureError(
+            f"{name} takes {packing.removed[0]} out of its arguments during forward; a graph can put something into "
+            "them, and take nothing away. Set it to None instead."
+        )
+
+
+def distinct(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``tensors`` with a copy for each that is there already: torch.export would take two arguments for one."""
+    first = {id(t): i for i, t in reversed(list(enumerate(tensors)))}
+    return tuple(t if first[id(t)] == i else t.clone() for i, t in enumerate(tensors))
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [type(error).__name__])[0][:300]}"
+
+
+def _stopped(name: str, error: Exception) -> str:
+    return (
+        f"{name} cannot be traced{where.of_error(error)}: {first_line(error)}. Python that looks at tensor values "
+        "cannot become part of a graph; compute it outside forward and pass it in, or use torch.where."
+    )
