@@ -1,4 +1,4 @@
-"""LAPTOP-Diff's criterion: the blocks without which the samples change least, each tried alone, chosen as a knapsack."""
+"""LAPTOP-Diff's criterion: the blocks without which the samples change least, each tried alone; a knapsack picks."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ def search(trials: Callable[[str], Trials], steps: int, parameters: Mapping[str,
     text = ", ".join([EXACT, *(print_call("skip_blocks", {"region": b, "mask": "1" * steps}) for b in open_)])
     with trials(text) as trial:
         ran = dict.fromkeys(trial.decisions, "1" * steps)
+        everything = trial(ran).share
         found: dict[str, tuple[float, float]] = {}
         for name, (region,) in trial.decisions.items():
             worth = trial({**ran, name: "0" * steps})
-            found[region] = (10**worth.error, 1 - worth.share)
+            found[region] = (10**worth.error, 1 - worth.share / everything)
     chosen = knapsack(list(found.values()), share)
     if chosen is None:
         most = sum(saved for _, saved in found.values())
@@ -42,15 +43,12 @@ def search(trials: Callable[[str], Trials], steps: int, parameters: Mapping[str,
 
 def knapsack(items: Sequence[tuple[float, float]], least: float, grain: int = 1000) -> list[int] | None:
     """The items (cost, size) of least total cost whose sizes sum to at least ``least``; None where all are too small.
-    Sizes are rounded to the nearest 1 / ``grain``, so that equal blocks count as equal."""
-    want = max(math.ceil(round(least * grain, 6)), 0)
+    Sizes are rounded up to multiples of 1 / ``grain``."""
+    want = math.ceil(least * grain - 1e-6)
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for i, (cost, size) in enumerate(items):
-        units = round(size * grain)
-        for held, (sum_, chosen) in list(best.items()):
-            at = min(held + units, want)
-            if at not in best or sum_ + cost < best[at][0]:
-                best[at] = (sum_ + cost, (*chosen, i))
-    # a block that rounds down must not leave the sum one unit short
-    reached = [at for at in best if at >= want - len(items)]
-    return list(best[max(reached)][1]) if reached and (best[max(reached)][1] or not want) else None
+        for held, (total, chosen) in list(best.items()):
+            at = min(held + math.ceil(size * grain - 1e-6), want)
+            if at not in best or total + cost < best[at][0]:
+                best[at] = (total + cost, (*chosen, i))
+    return list(best[want][1]) if want in best else None
