@@ -141,7 +141,7 @@ class Cache(Pass):
         if timed and not any(i.role == "timestep" for i in program.inputs):
             return Outcome(program, 0, ("there is no timestep to measure distance in; cache{time=step} counts steps",))
         selections = select_regions(program, self.region)
-        taken = {r for d in program.decisions if not self._apart(d) for r in d.regions}
+        taken = {r for d in program.decisions if d.slots and not self._apart(d) for r in d.regions}
         for region in (i for s in selections for i in s.ids):
             if any(
                 region == t or region.startswith(f"{t}.") or t.startswith(f"{region}.") or "model" in (region, t)
