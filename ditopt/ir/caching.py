@@ -34,6 +34,7 @@ from ditopt.ir.program import (
     TensorType,
     call_args,
     callee,
+    formal,
     is_call,
 )
 from ditopt.ir.reuse import Reuse, Store, dense, dense_type, encode, encoded_types, guess
@@ -76,6 +77,7 @@ class Caching:
         self.reuse = Reuse(self.e, self.name, options.predictor, options.store)
         self.correction = Correction(self.e, self.name, options.correction) if options.correction else None
         self._kept: list[tuple[fx.Node, list[list[fx.Node]]]] = []
+        self._own: list[int] = []  # which of them belong to the stream of the latent, as far as that is known
         self._base: fx.Node | None = None  # the stream of the latent that enters the region
         self._spare: fx.Node | None = None  # one that depends on the latent, where none is known to be its stream
         self._start: fx.Node | None = None  # the same stream before the first block
@@ -177,7 +179,7 @@ class Caching:
             lambda: modulated_input(self.before, self.e, first, self.binding) if first is not None else None,
             self.e[latent] if latent is not None else None,
             computed,
-            self._kept,
+            [self._kept[i] for i in self._own] or self._kept,
             self.o.watch,
         )
 
@@ -210,7 +212,8 @@ class Caching:
         span = Span(self.before, self.binding, ids)
         for value in span.results():
             base = span.entry(value, self.e)
-            self._follow(base, ids)
+            if self._follow(base, ids):
+                self._own.append(len(self._kept))
             if self.o.residual == "no":
                 base = None
             elif base is None and self.o.residual == "yes":
@@ -223,14 +226,15 @@ class Caching:
                 self.e[reader].replace_input_with(node, chosen) if reader.op != "output" else self._output(node, chosen)
         self.regions.extend(sorted(ids, key=lambda i: int(i.split(".")[1])))
 
-    def _follow(self, base: fx.Node | None, ids: set[str]) -> None:
-        """Note what signals measure: the stream of the latent that enters the first run, and where it began.
+    def _follow(self, base: fx.Node | None, ids: set[str]) -> bool:
+        """Note what signals measure: the stream of the latent that enters the first run, and where it began. Whether
+        this is it.
 
         Behind joint attention a stream of text depends on the latent as well; it began without. Where streams are
         joined in front of the run, the one of the latent is taken.
         """
         if base is None or self._base is not None or not self.o.signal:
-            return
+            return False
         back = {self.e[n]: n for n in self.before.step.graph.nodes if n.op != "output"}
         blocks = [b.id for b in self.before.blocks()]
         front = Span(self.before, self.binding, set(blocks[: min(blocks.index(i) for i in ids)]))
@@ -246,8 +250,9 @@ class Caching:
             began = [] if start is None else _joined(start, back, front)
             if not front.calls or any(self.binding[n] & Binding.LATENT for n in began):
                 self._base, self._start = self.e[stream], start
-                return
+                return True
             self._spare = self._spare or self.e[stream]
+        return False
 
     def _output(self, old: fx.Node, new: fx.Node) -> None:
         n = self.before.step.n_results
@@ -285,8 +290,16 @@ class Caching:
                 encoded = encode(self.e, kept, self.o.store, at)
                 moved = encoded if chosen is kept else encode(self.e, chosen, self.o.store, at)
                 self.reuse.keep(parts, encoded, moved)
+                if kept.meta["val"].shape[:-1] in self._places(call):
+                    self._own.append(len(self._kept))
                 self._kept.append((kept, parts))
             self.regions.extend(f"{block}.{role}" for role in wanted[block])
+
+    def _places(self, call: fx.Node) -> set[Any]:
+        """The shapes, but for the channels, of the streams of a block in which there are tokens of the latent."""
+        block = next(r for r in self.before.regions if r.id == call.meta["region"])
+        types = {formal(p).ref: p.meta["val"].shape for p in self.before.functions[callee(call)].placeholders}
+        return {types[s.formal][:-1] for s in block.streams if s.made_of == "latent"}
 
     def _tables(self) -> list[fx.Node | None]:
         return [] if self.correction is None else list(self.correction.arguments())

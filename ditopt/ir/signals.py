@@ -30,8 +30,8 @@ class Site:
 
     ``base``: the latent stream that enters the region; ``start``: the same stream before the first block;
     ``modulated``: makes what the first block's first layer reads; ``latent``, ``output``: the model's, ``output`` as
-    computed; ``kept``: of each value that the cache keeps, what was computed and its slots; ``predictor``: of
-    ``forecast``.
+    computed; ``kept``: of each value of the latent's stream that the cache keeps, what was computed and its slots;
+    ``predictor``: of ``forecast``.
     """
 
     e: Editor
@@ -145,8 +145,8 @@ def boundary(s: Site) -> Signal:
 
 
 def change(s: Site) -> Signal:
-    """AdaCache, Temporal Delta Cache: how far a kept value, the middle one of all, is from the one computed before it;
-    left for the steps that follow."""
+    """AdaCache, Temporal Delta Cache: how far a kept value, the middle one of those of the latent's stream, is from the
+    one computed before it; left for the steps that follow."""
     value, slots = s.kept[len(s.kept) // 2]
     at = s.e.graph.output_node()
     return Signal(relative(s.e, value, guess(s.e, slots, value.meta["val"], None, at)), lag=True, when="computed")
