@@ -19,11 +19,13 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Module:
-    """A residual branch of a block: ``role`` and the value that leaves it, before the gate."""
+    """A residual branch of a block: ``role`` and the value that leaves it, before the gate. ``attention``: the products
+    in it that mix tokens, which another branch may share."""
 
     role: str
     output: fx.Node
     nodes: frozenset[fx.Node]
+    attention: frozenset[fx.Node] = frozenset()
 
 
 def find_modules(body: Function, binding: Mapping[fx.Node, Binding]) -> list[Module]:
@@ -40,7 +42,8 @@ def find_modules(body: Function, binding: Mapping[fx.Node, Binding]) -> list[Mod
         if all(output is not m.output for m in modules):
             # with what only the branch needs of prompt and timestep (keys of the text, shift and scale)
             nodes = set(reach.members(reach.above[reach.place[output]] & _own(branch.inside, reach)))
-            modules.append(Module("attn" if branch.attends else "mlp", output, frozenset(nodes - assigned)))
+            role, attention = "attn" if branch.attends else "mlp", frozenset(reach.members(branch.attention))
+            modules.append(Module(role, output, frozenset(nodes - assigned), attention))
             assigned |= nodes
     return modules
 

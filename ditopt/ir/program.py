@@ -227,10 +227,13 @@ class Decision:
         return max(self.predictor.anchors, self.rule.predictor.anchors if self.rule else 1)
 
 
-RegionRole = Literal["model", "embed", "stage", "head", "block", "aux", "attn", "mlp", "mod"]
+RegionRole = Literal[
+    "model", "embed", "stage", "head", "block", "aux", "attn", "mlp", "mod",
+    "self", "joint", "cross", "temporal", "spatial",
+]  # fmt: skip
 """What a region is to the model. ``embed``: what makes the streams that enter the first blocks; ``head``: what follows
 the last ones; ``aux``: a block of a chain beside the main one; ``mod``: what makes shifts, scales and gates of the
-timestep."""
+timestep. The last five are the attention of one kind in a block (ir/sites.py)."""
 
 
 MadeOf = Literal["latent", "prompt", ""]
@@ -261,7 +264,7 @@ class Region:
     """A piece of the model found in the graph.
 
     ``id``: ``model``; ``blocks.3`` (numbered along the main latent chain over all stages); ``blocks.3.attn``;
-    ``aux0.1`` (a block of another chain, such as a refiner of the text).
+    ``blocks.3.attn.cross``; ``aux0.1`` (a block of another chain, such as a refiner of the text).
     ``stage``: index of the run of isomorphic blocks, or of groups of them that alternate, this one belongs to.
     ``alias``: the module path where the capture knew one, for display only. ``flops``: of one call, by ``ir/cost.py``.
     ``function``: the shared body of a block; ``streams``: what runs through it.
