@@ -113,6 +113,8 @@ class Interval:
     ``mask`` (text of 1 = compute and 0 = reuse, one a step) replaces the formula and fixes the number of steps.
     ``since``, ``until``: the part of the request, 0 to 1, within which the formula holds; outside of it every step
     computes. A window that begins later starts with a computed step.
+    ``low``, ``high``: the model's time, without its ends, outside of which every step computes (and what it computes is
+    kept); both 0: any time.
     """
 
     every: int = 1
@@ -121,6 +123,13 @@ class Interval:
     mask: str = ""
     since: float = 0.0
     until: float = 1.0
+    low: float = 0.0
+    high: float = 0.0
+
+    @property
+    def timed(self) -> bool:
+        """Whether it looks at the model's time."""
+        return self.low < self.high
 
 
 Basis = Literal["hold", "taylor", "newton", "lagrange", "hermite", "ab2", "ramp", "foca", "dmd"]

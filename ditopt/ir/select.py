@@ -59,6 +59,16 @@ def select_regions(program: Program, text: str) -> list[Selection]:
     return selections
 
 
+def lacking(program: Program, text: str) -> str:
+    """A sentence where ``text`` asks for nothing but kinds of attention that no block has; else ""."""
+    found = [_ALTERNATIVE.match(alternative.strip()) for alternative in text.split("|")]
+    asked = [m["role"].removeprefix("attn.") for m in found if m and (m["role"] or "").startswith("attn.")]
+    there = kinds_of(program)
+    if len(asked) < len(found) or not there or any(a in there or a not in get_args(Kind) for a in asked):
+        return ""
+    return f"no attention of this model is {' or '.join(asked)}; there is {', '.join(there)}"
+
+
 def _select(program: Program, text: str) -> Selection:
     if text == "model":
         return Selection("model")

@@ -93,7 +93,7 @@ def test_kinds_outlive_hoisting_and_recognition():
 
 
 class Turns(nn.Module):
-    """(B, C, F, H, W): equal blocks, over (B F, N, D) and over (B N, F, D) by turns; ``order`` says where the axes are."""
+    """(B, C, F, H, W): equal blocks, over (B F, N, D) and (B N, F, D) by turns; ``order`` says where the axes are."""
 
     def __init__(self, order: tuple[int, int, int] = (0, 1, 2)) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ def test_a_cache_of_a_kind_in_a_loop():
     )
     share = sum(r.flops for r in outlined(captured("spacetime")).regions if r.role == "temporal")
     with fast.session(steps=2), torch.no_grad():
-        equal = [torch.equal(fast(**foreign.call(k, k)), model(**foreign.call(k, k))) for k in range(2)]  # type: ignore[arg-type]
+        equal = [torch.equal(fast(**foreign.call(k, k)), model(**foreign.call(k, k))) for k in range(2)]
     assert equal == [True, False]
     saved = 2 * fast.stats.full_block_flops / 2 - fast.stats.block_flops
     assert 0.5 * share < saved <= share
