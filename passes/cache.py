@@ -40,9 +40,9 @@ class Cache(Pass):
 
     ``region``: a selector (ir/select.py). ``each``: one decision for all of it, or one for every block of it.
     ``every``, ``first``, ``last``, ``mask``, ``since``, ``until``, ``low``, ``high``: the schedule (``Interval``).
-    ``predictor``, ``order``, ``time``: ``Predictor``. ``residual``: predict ``out - in`` instead of ``out``; "auto" does so for runs
-    of blocks. ``store``: keep values as they are, or in 8 bits. ``correction``: a file with tables ``scale`` and
-    ``shift`` (steps, channels), applied to predicted values.
+    ``predictor``, ``order``, ``time``: ``Predictor``. ``residual``: predict ``out - in`` instead of ``out``; "auto"
+    does so for runs of blocks. ``store``: keep values as they are, or in 8 bits. ``correction``: a file with tables
+    ``scale`` and ``shift`` (steps, channels), applied to predicted values.
 
     ``signal`` (ir/signals.py): decide on the steps that the schedule leaves open by a number; then ``every=0`` (the
     default there) forces none, and a ``mask`` allows reuse at its zeros. The rest is the ``Rule``: ``test``,
