@@ -56,6 +56,11 @@ def attention_kinds(program: Program) -> dict[str, dict[fx.Node, Kind]]:
     return {id: {n: site.kind for site, nodes in found for n in nodes} for id, found in _located(program).items() if id}
 
 
+def key_operands(function: Function, binding: Mapping[fx.Node, Binding]) -> list[tuple[fx.Node, fx.Node]]:
+    """Queries and keys of each attention of a function."""
+    return [(r.query.node, r.key.node) for r in _find(function, binding)]
+
+
 def _located(program: Program) -> dict[str, tuple[tuple[AttentionSite, frozenset[fx.Node]], ...]]:
     binding = bind(program)
     raw = {name: list(_find(program.functions[name], binding)) for name in {program.entry, *_bodies(program)}}
