@@ -148,7 +148,7 @@ class Cache(Pass):
         if missing := lacking(program, self.region):
             return Outcome(program, 0, (missing,))
         selections = select_regions(program, self.region)
-        taken = {r for d in program.decisions if not self._apart(d) for r in d.regions}
+        taken = {r for d in program.decisions if d.slots and not self._apart(d) for r in d.regions}
         for region in (i for s in selections for i in s.ids):
             if any(
                 region == t or region.startswith(f"{t}.") or t.startswith(f"{region}.") or "model" in (region, t)

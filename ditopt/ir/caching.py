@@ -20,7 +20,7 @@ from ditopt.ir.binding import Binding, bind
 from ditopt.ir.correct import Correction
 from ditopt.ir.edit import Editor, prune, replace_functions
 from ditopt.ir.gram import inner_products
-from ditopt.ir.modules import Module, find_modules
+from ditopt.ir.modules import find_modules, name_of
 from ditopt.ir.outline import clone_body
 from ditopt.ir.program import (
     Decision,
@@ -93,10 +93,10 @@ class Caching:
                     modules.setdefault(block.id, []).append(selection.role)
         self._modules(modules)
 
-    def program(self, schedule: Interval, rule: Callable[[str, Signal], Rule]) -> Program:
-        """The rewritten Program; ``rule`` says how the signal in a slot is read."""
+    def program(self, schedule: Interval, rule: Callable[[str, Signal], Rule] | None = None) -> Program:
+        """The rewritten Program; ``rule`` says how the signal in a slot is read, where there is one."""
         asked = None
-        if self.o.signal:
+        if self.o.signal and rule is not None:
             found = SIGNALS[self.o.signal](self._site())
             if not found.lag:
                 self._independent(found.node)
@@ -305,7 +305,7 @@ class Caching:
     def _cached_body(self, name: str, roles: tuple[str, ...]) -> tuple[str, list[Any]]:
         """A copy of a body whose modules of these roles can be predicted; the types of the values it keeps."""
         body = self.before.functions[name]
-        modules = [m for m in find_modules(body, self.binding) if m.role in roles or _mark_of(m) in roles]
+        modules = [m for m in find_modules(body, self.binding) if m.role in roles or name_of(m.output) in roles]
         if self.o.residual == "yes":
             raise RecipeError("residual=yes fits runs of blocks; a module's value is added to the stream as it is")
         new = f"{name}_{self.name}" if len(roles) > 1 else f"{name}_{self.name}_{roles[0].replace('.', '_')}"
@@ -336,11 +336,6 @@ class Caching:
             e.set_results([*e.results, *kept, *(told if self.o.predictor.window else [])])
         self.functions[new] = e.function(new)
         return new, types
-
-
-def _mark_of(module: Module) -> str:
-    """The name of its region inside the block, with its kind where it is attention: ``attn.cross``."""
-    return str(module.output.meta.get("region", "")).removeprefix(".")
 
 
 def node_types(call: fx.Node) -> list[Any]:

@@ -216,3 +216,22 @@ def test_a_cache_of_a_kind_in_a_loop():
 def test_the_tiny_models_have_one_kind_a_module():
     assert kinds(optimized("sd3", "outline_blocks")) == [("joint",)] * 4
     assert kinds(optimized("joint", "outline_blocks")) == [("joint",)] * 3
+
+
+@torch.no_grad()
+def test_a_kind_is_left_out():
+    """Skipping sees kinds as caching does; blocks that go for good take the regions of their kinds with them."""
+    foreign = ZOO["spacetime"]
+    program = PassManager("outline_blocks, skip_blocks{region=blocks.*.attn.temporal}").run(captured("spacetime"))[-1]
+    assert program.applied == 3
+    assert kinds(program.program) == [("cross", "spatial")] * 3
+    model: Any = foreign.model()
+    for block in model.trunk:
+        block.outs[1].weight.zero_()
+        block.outs[1].bias.zero_()
+    call: Any = foreign.call(0, 0)
+    (got, *_), _ = run_program(program.program, call)
+    assert (got - model(**call)).norm() < 1e-5 * got.norm()
+    gone = PassManager("outline_blocks, skip_blocks{region=blocks.1:2}").run(captured("spacetime"))[-1].program
+    verify(gone)
+    assert not [r.id for r in gone.regions if r.id.startswith("blocks.1.")]
