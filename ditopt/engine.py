@@ -381,7 +381,8 @@ def _complain(history: Sequence[PassResult]) -> None:
     for result in idle:
         from ditopt.pipeline import get
 
-        if everything or get(result.name).contract == "approximate":
+        particular = result.text != result.name  # asked for with options
+        if everything or particular or get(result.name).contract == "approximate":
             warnings.warn(f"{result.text} changed nothing: {'; '.join(result.refused)}", DitoptWarning, stacklevel=6)
 
 

@@ -227,12 +227,18 @@ def _run_of(block: Region) -> str:
 
 
 def _row(name: str, run: Sequence[Region], program: Program, total: int) -> list[str]:
-    inside = {r.id: [m.role for m in program.regions if m.parent == r.id and m.role != "mod"] for r in run}
+    inside = {r.id: [_kinds(m, program) for m in program.regions if m.parent == r.id and m.role != "mod"] for r in run}
     parts = sorted({"+".join(roles) or "no modules" for roles in inside.values()})
     span = run[0].id if len(run) == 1 else f"{run[0].id}..{run[-1].id.split('.')[1]}"
     bodies = len({r.function for r in run})
     shared = "1 body" if bodies == 1 else f"{bodies} bodies"
     return [name, span, _number(len(run), "block"), shared, ", ".join(parts), _share(run, total), _alias(run)]
+
+
+def _kinds(module: Region, program: Program) -> str:
+    """A part of a block, with the kinds of its attention as selectors call them."""
+    kinds = [r.role for r in program.regions if r.parent == module.id]
+    return f"{module.role}.{'|'.join(kinds)}" if kinds else module.role
 
 
 def _outside(region: Region, total: int) -> list[str]:

@@ -113,6 +113,9 @@ class Ledger:
             )
         if self.wanted[name]:
             return "no compiled variant reuses it together with what the other decisions chose"
+        if rule.interval.timed:
+            low, high = rule.interval.low, rule.interval.high
+            return f"the model's time was not between {low:g} and {high:g} at the steps that its interval would reuse"
         return "each guidance branch was new, or had missed steps, whenever the schedule would have reused"
 
     def warn(self) -> None:

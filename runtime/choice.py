@@ -56,7 +56,7 @@ def forecasts(ready: Ready, memory: Memory, now: Anchor) -> dict[str, Sequence[f
 def choose_step(ready: Ready, rules: Mapping[str, Schedule], memory: Memory, now: Anchor, read: Read) -> Choice:
     """Decide step ``now`` of a branch with ``memory``, by the schedules ``rules`` of the decisions."""
     decisions = ready.decisions
-    wanted = {d.name: choose(rules[d.name], memory.anchors.get(d.name, ()), now.step) for d in decisions}
+    wanted = {d.name: choose(rules[d.name], memory.anchors.get(d.name, ()), now.step, now.time) for d in decisions}
     wanted, courses, measured = _by_rules(decisions, wanted, memory.courses, read)
     graph = ready.variant(wanted)
 

@@ -39,6 +39,7 @@ class Ready:
             for d in plan.manifest.decisions
             for p in (d.predictor, *([d.rule.predictor] if d.rule else []))
         )
+        self.reads_time = self.reads_time or any(d.schedule.timed for d in plan.manifest.decisions)
         self._controls = {name: t for d in plan.manifest.decisions for name, t in d.controls.items()}
         self._types = {s.name: s.type for s in plan.manifest.state}
         self._rules: dict[int | None, dict[str, Schedule]] = {}

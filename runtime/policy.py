@@ -110,8 +110,10 @@ class Anchor:
     time: float | None = None
 
 
-def choose(rule: Schedule, anchors: Sequence[Anchor], step: int) -> str:
+def choose(rule: Schedule, anchors: Sequence[Anchor], step: int, time: float | None = None) -> str:
     """ "compute", "reuse" or "bypass" at ``step``, given the computed steps of this branch, newest first.
+
+    ``time``: the model's, where the schedule looks at it (where it is None such a schedule computes).
 
     A branch without a value computes. So does one that was not called at a step when it should have computed
     (guidance intervals): its value is older than the schedule allows.
@@ -120,10 +122,14 @@ def choose(rule: Schedule, anchors: Sequence[Anchor], step: int) -> str:
         return COMPUTE if rule(step) else REUSE
     if rule.idle(step):
         return BYPASS
-    if not anchors:
+    if not anchors or not _within(rule.interval, time):
         return COMPUTE
     since = range(min(anchors[0].step + 1, step), step + 1)
     return COMPUTE if any(rule(s) for s in since) else REUSE
+
+
+def _within(interval: Interval, time: float | None) -> bool:
+    return not interval.timed or (time is not None and interval.low < time < interval.high)
 
 
 def coefficients(
@@ -186,7 +192,8 @@ def table(
 ) -> list[TableRow]:
     """What one branch that is called at every step of a request of ``steps`` steps will do.
 
-    ``times``: the model's time at each step; needed by predictors that measure distance in timesteps, else ignored.
+    ``times``: the model's time at each step; needed by predictors that measure distance in timesteps, and by schedules
+    that look at it, else ignored.
     ``graphs``: the compiled variants, where rows without their own variant compute more; None: every row has one.
     """
     if times is not None and len(times) != steps:
@@ -199,12 +206,17 @@ def table(
             raise SessionError(
                 f"decision {d.name!r} predicts in the model's time: pass the timesteps of the {steps} steps"
             )
+        if times is None and d.schedule.timed:
+            raise SessionError(
+                f"decision {d.name!r} reuses at times between {d.schedule.low:g} and {d.schedule.high:g}: pass the "
+                f"timesteps of the {steps} steps"
+            )
     rules = {d.name: schedule_of(d, steps) for d in decisions}
     anchors: dict[str, list[Anchor]] = {d.name: [] for d in decisions}
     rows = []
     for step in range(steps):
         now = Anchor(step, None if times is None else float(times[step]))
-        choices = {d.name: choose(rules[d.name], anchors[d.name], step) for d in decisions}
+        choices = {d.name: choose(rules[d.name], anchors[d.name], step, now.time) for d in decisions}
         if graphs is not None:
             choices = {**dict.fromkeys(choices, COMPUTE), **fit(choices, graphs).choices}
         row: dict[str, list[float]] = {}
@@ -220,18 +232,20 @@ def table(
 
 
 def distinct(decisions: Sequence[Decision], steps: int) -> list[Mapping[str, str]]:
-    """The combinations of choices that a request of ``steps`` steps takes, the most frequent first."""
+    """The combinations of choices that a request of ``steps`` steps takes, the most frequent first; where schedules
+    look at the model's time, those inside of it."""
     columns = [_choices(schedule_of(d, steps), steps) for d in decisions]
     rows = Counter(zip(*columns, strict=True))
     return [dict(zip([d.name for d in decisions], row, strict=True)) for row, _ in rows.most_common()]
 
 
 def _choices(rule: Schedule, steps: int) -> list[str]:
-    """What a branch that is called at every step does."""
+    """What a branch that is called at every step does, at times inside of the schedule's."""
+    inside = (rule.interval.low + rule.interval.high) / 2
     anchors: list[Anchor] = []
     out = []
     for step in range(steps):
-        out.append(choose(rule, anchors, step))
+        out.append(choose(rule, anchors, step, inside))
         if out[-1] == COMPUTE:
             anchors = [Anchor(step)]
     return out

@@ -20,7 +20,7 @@ from ditopt.ir.binding import Binding, bind
 from ditopt.ir.correct import Correction
 from ditopt.ir.edit import Editor, prune, replace_functions
 from ditopt.ir.gram import inner_products
-from ditopt.ir.modules import find_modules
+from ditopt.ir.modules import find_modules, name_of
 from ditopt.ir.outline import clone_body
 from ditopt.ir.program import (
     Decision,
@@ -307,10 +307,10 @@ class Caching:
     def _cached_body(self, name: str, roles: tuple[str, ...]) -> tuple[str, list[Any]]:
         """A copy of a body whose modules of these roles can be predicted; the types of the values it keeps."""
         body = self.before.functions[name]
-        modules = [m for m in find_modules(body, self.binding) if m.role in roles]
+        modules = [m for m in find_modules(body, self.binding) if m.role in roles or name_of(m.output) in roles]
         if self.o.residual == "yes":
             raise RecipeError("residual=yes fits runs of blocks; a module's value is added to the stream as it is")
-        new = f"{name}_{self.name}" if len(roles) > 1 else f"{name}_{self.name}_{roles[0]}"
+        new = f"{name}_{self.name}" if len(roles) > 1 else f"{name}_{self.name}_{roles[0].replace('.', '_')}"
         with clone_body(body, new, "cache") as e:
             kept: list[fx.Node] = []
             told: list[fx.Node] = []

@@ -113,6 +113,8 @@ class Interval:
     ``mask`` (text of 1 = compute and 0 = reuse, one a step) replaces the formula and fixes the number of steps.
     ``since``, ``until``: the part of the request, 0 to 1, within which the formula holds; outside of it every step
     computes. A window that begins later starts with a computed step.
+    ``low``, ``high``: the model's time, without its ends, outside of which every step computes (and what it computes is
+    kept); both 0: any time.
     """
 
     every: int = 1
@@ -121,6 +123,13 @@ class Interval:
     mask: str = ""
     since: float = 0.0
     until: float = 1.0
+    low: float = 0.0
+    high: float = 0.0
+
+    @property
+    def timed(self) -> bool:
+        """Whether it looks at the model's time."""
+        return self.low < self.high
 
 
 Basis = Literal["hold", "taylor", "newton", "lagrange", "hermite", "ab2", "ramp", "foca", "dmd"]
@@ -230,10 +239,13 @@ class Decision:
         return max(self.predictor.anchors, self.rule.predictor.anchors if self.rule else 1)
 
 
-RegionRole = Literal["model", "embed", "stage", "head", "block", "aux", "attn", "mlp", "mod"]
+RegionRole = Literal[
+    "model", "embed", "stage", "head", "block", "aux", "attn", "mlp", "mod",
+    "self", "joint", "cross", "temporal", "spatial",
+]  # fmt: skip
 """What a region is to the model. ``embed``: what makes the streams that enter the first blocks; ``head``: what follows
 the last ones; ``aux``: a block of a chain beside the main one; ``mod``: what makes shifts, scales and gates of the
-timestep."""
+timestep. The last five are the attention of one kind in a block (ir/sites.py)."""
 
 
 MadeOf = Literal["latent", "prompt", ""]
@@ -264,7 +276,7 @@ class Region:
     """A piece of the model found in the graph.
 
     ``id``: ``model``; ``blocks.3`` (numbered along the main latent chain over all stages); ``blocks.3.attn``;
-    ``aux0.1`` (a block of another chain, such as a refiner of the text).
+    ``blocks.3.attn.cross``; ``aux0.1`` (a block of another chain, such as a refiner of the text).
     ``stage``: index of the run of isomorphic blocks, or of groups of them that alternate, this one belongs to.
     ``alias``: the module path where the capture knew one, for display only. ``flops``: of one call, by ``ir/cost.py``.
     ``function``: the shared body of a block; ``streams``: what runs through it.
