@@ -227,10 +227,10 @@ class Decision:
         return max(self.predictor.anchors, self.rule.predictor.anchors if self.rule else 1)
 
 
-RegionRole = Literal["model", "embed", "stage", "head", "block", "aux", "attn", "mlp", "mod"]
+RegionRole = Literal["model", "embed", "stage", "head", "block", "aux", "attn", "mlp", "mod", "part"]
 """What a region is to the model. ``embed``: what makes the streams that enter the first blocks; ``head``: what follows
 the last ones; ``aux``: a block of a chain beside the main one; ``mod``: what makes shifts, scales and gates of the
-timestep."""
+timestep; ``part``: a block once more, on part of its tokens."""
 
 
 MadeOf = Literal["latent", "prompt", ""]
