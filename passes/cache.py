@@ -78,7 +78,7 @@ class Cache(Pass):
 
     contract = "approximate"
     requires = ("outline_blocks",)
-    after = ("hoist_invariants",)
+    after = ("hoist_invariants", "select_tokens")
 
     def validate(self) -> None:
         for option, least in (("first", 0), ("last", 0), ("order", 0), ("longest", 0), ("most", 0), ("budget", 0)):
@@ -141,7 +141,11 @@ class Cache(Pass):
         if timed and not any(i.role == "timestep" for i in program.inputs):
             return Outcome(program, 0, ("there is no timestep to measure distance in; cache{time=step} counts steps",))
         selections = select_regions(program, self.region)
-        taken = {r for d in program.decisions if not self._apart(d) for r in d.regions}
+        parts = [r for r in program.regions if r.role == "part"]
+        if parts and any(s.kind != "model" for s in selections):
+            return Outcome(program, 0, (f"{parts[0].parent} runs on part of its tokens; cache{{region=model}} goes with it",))
+        parted = {r.parent for r in parts}
+        taken = {r for d in program.decisions if not self._apart(d) for r in d.regions if r not in parted}
         for region in (i for s in selections for i in s.ids):
             if any(
                 region == t or region.startswith(f"{t}.") or t.startswith(f"{region}.") or "model" in (region, t)

@@ -13,6 +13,7 @@ step, the neutral setting: what is computed is the same, bit for bit. Approximat
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from ditopt.errors import RecipeError
@@ -59,6 +60,11 @@ class SelectTokens(Pass):
                 raise RecipeError(f"select_tokens{{{option}={getattr(self, option)}}}: expected {least} or more")
         if not 0 <= self.high <= 1:
             raise RecipeError(f"select_tokens{{high={self.high}}}: expected a share from 0 to 1")
+        if not all(re.fullmatch(r"\d+|\d+(\.\d+)?%", word) for word in self.resets.split()):
+            raise RecipeError(
+                f"select_tokens{{resets={self.resets}}}: expected steps such as '12 22', or shares of the request such as "
+                "'40% 73%'"
+            )
         if set(self.mask) - {"0", "1"}:
             raise RecipeError(
                 f"select_tokens{{mask={self.mask}}}: expected a text of 1 (all tokens) and 0 (part of them), one a step"
@@ -73,7 +79,7 @@ class SelectTokens(Pass):
     @property
     def schedule(self) -> Interval:
         """The steps that compute all tokens."""
-        return Interval(self.every, self.first, self.last, self.mask)
+        return Interval(self.every, self.first, self.last, self.mask, resets=self.resets)
 
     def count(self, tokens: int) -> int:
         """How many of ``tokens`` a partial step computes."""
@@ -83,6 +89,13 @@ class SelectTokens(Pass):
     def run(self, program: Program, context: Context) -> Outcome:
         if program.decisions:
             return Outcome(program, 0, (f"{program.decisions[0].name} was decided before; tokens are selected first",))
+        if self.mask and context.steps and len(self.mask) != context.steps:
+            raise RecipeError(
+                f"mask has {len(self.mask)} steps, the request has {context.steps}: give one digit a step"
+            )
+        if not self.mask and context.steps and context.steps - self.last <= self.first:
+            dense = f"the first {self.first}" + (f" and the last {self.last}" if self.last else "")
+            return Outcome(program, 0, (f"a request of {context.steps} steps has no other than {dense}: give fewer",))
         blocks = [b for s in select_regions(program, self.region) for b in s.blocks]
         try:
             scoring = Scoring(self.metric, self.starvation, self.high, self.share)

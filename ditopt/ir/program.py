@@ -112,7 +112,8 @@ class Interval:
     After the warm-up the counter starts at the last warm-up step: first=3, every=6 computes 0,1,2,8,14,20,...
     ``mask`` (text of 1 = compute and 0 = reuse, one a step) replaces the formula and fixes the number of steps.
     ``since``, ``until``: the part of the request, 0 to 1, within which the formula holds; outside of it every step
-    computes. A window that begins later starts with a computed step.
+    computes. A window that begins later starts with a computed step. ``resets``: steps that compute besides, as text:
+    numbers such as "12 22", or shares of the request such as "40% 73%".
     """
 
     every: int = 1
@@ -121,6 +122,7 @@ class Interval:
     mask: str = ""
     since: float = 0.0
     until: float = 1.0
+    resets: str = ""
 
 
 Basis = Literal["hold", "taylor", "newton", "lagrange", "hermite", "ab2", "ramp", "foca", "dmd"]

@@ -58,7 +58,7 @@ def score(
                 known[n] = dims
         dims = known.get(output)
         if dims and (found := _layout(dims, place.dim, place.batch, short.set.tokens)):
-            return _spread(e, output, found, short.set.rows, o.metric, noise)
+            return _spread(e, output, found, short, o.metric, noise)
     raise Mixes("the model's output does not show which part of it each token makes")
 
 
@@ -98,14 +98,14 @@ def _layout(dims: tuple[Dim, ...], axis: int, batch: int, tokens: int) -> _Layou
     return _Layout(tuple(sizes), tuple(kinds)) if found == tokens else None
 
 
-def _spread(e: Editor, output: fx.Node, found: _Layout, rows: int, metric: Metric, noise: int) -> fx.Node:
+def _spread(e: Editor, output: fx.Node, found: _Layout, short: Short, metric: Metric, noise: int) -> fx.Node:
     def at(*kinds: str) -> list[int]:
         return [i for i, k in enumerate(found.kinds) if k in kinds]
 
-    value, sizes = output, list(found.sizes)
+    value, sizes, end = output, list(found.sizes), e.graph.output_node()
     if value.meta["val"].dtype is not torch.float32:
         value = e.op(aten._to_copy.default, value, dtype=torch.float32)
-    value = e.op(aten.reshape.default, value, sizes)
+    value = short.move(aten.reshape.default, value, sizes, end)
     channels = [i for i in at("channel") if sizes[i] > 1]
     if noise and len(channels) == 1 and sizes[channels[0]] == 2 * noise:  # the other half is a variance
         value = e.op(aten.slice.Tensor, value, channels[0], 0, noise)
@@ -113,11 +113,10 @@ def _spread(e: Editor, output: fx.Node, found: _Layout, rows: int, metric: Metri
     kinds = ("rows", "token", "pixel", "channel")
     order = [i for k in kinds for i in at(k)]
     counts = [math.prod(sizes[i] for i in at(k)) for k in kinds[1:]]
-    value = e.op(aten.permute.default, value, order)
+    value = short.move(aten.permute.default, value, order, end)
     if counts[-1] == 1:  # one channel has no spread: that of the pixels of the token
-        value = e.op(aten.reshape.default, value, [rows, counts[0], 1, counts[1]])
-    else:
-        value = e.op(aten.reshape.default, value, [rows, *counts])
+        counts = [counts[0], 1, counts[1]]
+    value = short.move(aten.reshape.default, value, [short.set.rows, *counts], end)
     if metric == "norm" or value.meta["val"].shape[-1] == 1:
         square = e.op(aten.sum.dim_IntList, e.op(aten.mul.Tensor, value, value), [-1])
         return _pixels(e, e.op(aten.sqrt.default, square))

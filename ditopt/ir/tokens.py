@@ -39,6 +39,7 @@ from ditopt.ir.program import (
 from ditopt.ir.reuse import Reuse, dense, dense_type
 from ditopt.ir.score import Scoring, score
 from ditopt.ir.short import Mixes, Place, Short, TokenSet, after
+from ditopt.ir.short_rules import visit
 from ditopt.ir.span import Span
 from ditopt.ops import select
 
@@ -128,7 +129,7 @@ class Choosing:
             return
         else:
             try:
-                self.short.visit(self.e[node])
+                visit(self.short, self.e[node])
                 return
             except Mixes as reason:
                 if inside:
@@ -221,9 +222,8 @@ class Choosing:
     def _body(self, node: fx.Node, block: str) -> _Part:
         actual = [self._now(a) for a in call_args(node)]
         twins = [self.short.twins.get(a, (a, None)) for a in actual]
-        key = (callee(node), tuple((p, repr(TensorType.of(t.meta["val"]))) for t, p in twins if p is not None), tuple(
-            i for i, (_, p) in enumerate(twins) if p is not None
-        ))
+        kinds = [(i, p, repr(TensorType.of(t.meta["val"]))) for i, (t, p) in enumerate(twins) if p is not None]
+        key = callee(node), tuple(kinds)
         if key not in self._parts:
             try:
                 self._parts[key] = self._made(callee(node), twins)
@@ -266,7 +266,7 @@ class Choosing:
                     shorts[ref] = formal(p).ref
                     s.twins[e[p]] = new(ref, twin.meta["val"]), place
             for node in [n for n in body.graph.nodes if n.op == "call_function"]:
-                s.visit(e[node])
+                visit(s, e[node])
             places = tuple(s.place(e[r]) for r in body.results)
             tokens = [m[1] for m in s.merged.values()]
             e.set_results([*(s.twin(e[r]) for r in body.results), *tokens])
@@ -341,12 +341,8 @@ class Chooser:
             groups = rows // 2 if o.share == "halves" else 1
             parts = e.op(aten.view.default, worth, [rows // groups, groups, tokens], **where)
             mean = e.op(aten.mean.dim, parts, [0], True, **where)
-            worth = e.op(
-                aten.reshape.default,
-                e.op(aten.expand.default, mean, [rows // groups, groups, tokens], **where),
-                [rows, tokens],
-                **where,
-            )
+            both = e.op(aten.expand.default, mean, [rows // groups, groups, tokens], **where)
+            worth = e.op(aten.reshape.default, both, [rows, tokens], **where)
         skipped = tokens - count
         low = skipped - int(skipped * o.high)
         lowest = e.op(aten.topk.default, worth, count + low, -1, False, True, **where)
@@ -360,7 +356,8 @@ class Chooser:
         """Score this step's prediction, and count whom it left out."""
         work, e = self.work, self.work.e
         work.reuse.update(self.scores, score(e, work.short, output, met, work.scoring, work.channels(output)), "always")
-        ones = e.op(aten.ones_like.default, self.skips)
+        shape, device = [work.set.rows, work.set.tokens], self.skips.meta["val"].device
+        ones = e.op(aten.full.default, shape, 1.0, dtype=torch.float32, device=device)
         left_out = e.op(aten.scatter.value, ones, 1, self.index, 0.0)
         skips = e.op(aten.add.Tensor, self.skips, left_out)
         work.reuse.update(self.skips, e.op(select, self.skips, skips, work.name), "always")
