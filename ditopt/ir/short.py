@@ -81,7 +81,7 @@ class Short:
         key = (node, place, rank)
         if key not in self._taken:
             self._taken[key] = self.formal(node, place, rank) or self.gather(
-                node, place, rank, after(node, self.index)
+                node, place, rank, after(node, self.index, *self._spread.values())
             )
         return self._taken[key]
 

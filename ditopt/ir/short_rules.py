@@ -290,6 +290,17 @@ def _stack(s: Short, node: fx.Node) -> None:
     s.emit(node, _shifted(place, at, 1), node.target, fitting, at)
 
 
+def _repeat(s: Short, node: fx.Node) -> None:
+    """Copies along other dimensions."""
+    source, place, shape = _only(s, node)
+    shift = len(shape) - source.meta["val"].ndim
+    times = [int(n) for n in node.args[1]]  # type: ignore[union-attr]
+    if times[place.dim + shift] != 1:
+        raise Mixes(f"{name(node)} repeats the sequence")
+    batch = place.batch + shift if place.batch >= 0 and times[place.batch + shift] == 1 else -1
+    s.emit(node, replace(place, dim=place.dim + shift, batch=batch), node.target, s.twin(source), times)
+
+
 def _expand(s: Short, node: fx.Node) -> None:
     source, place, shape = _only(s, node)
     shift = len(shape) - source.meta["val"].ndim
@@ -388,6 +399,7 @@ RULES: dict[Any, Callable[[Short, fx.Node], None]] = {
     aten.cat.default: _cat,
     aten.stack.default: _stack,
     aten.expand.default: _expand,
+    aten.repeat.default: _repeat,
     operator.getitem: _getitem,
 }
 """How the twin of an operator is made; operators tagged pointwise, and attention, have rules of their own."""
