@@ -141,11 +141,13 @@ class Cache(Pass):
         if timed and not any(i.role == "timestep" for i in program.inputs):
             return Outcome(program, 0, ("there is no timestep to measure distance in; cache{time=step} counts steps",))
         selections = select_regions(program, self.region)
-        parts = [r for r in program.regions if r.role == "part"]
+        parts = [r.parent for r in program.regions if r.role == "part"]
         if parts and any(s.kind != "model" for s in selections):
-            return Outcome(program, 0, (f"{parts[0].parent} runs on part of its tokens; cache{{region=model}} goes with it",))
-        parted = {r.parent for r in parts}
-        taken = {r for d in program.decisions if not self._apart(d) for r in d.regions if r not in parted}
+            return Outcome(
+                program, 0, (f"{parts[0]} runs on part of its tokens; only its model's output is cached: region=model",)
+            )
+        decided = [d for d in program.decisions if d.slots and not self._apart(d)]
+        taken = {r for d in decided for r in d.regions if r not in parts}
         for region in (i for s in selections for i in s.ids):
             if any(
                 region == t or region.startswith(f"{t}.") or t.startswith(f"{region}.") or "model" in (region, t)

@@ -50,7 +50,7 @@ class SelectTokens(Pass):
 
     contract = "approximate"
     requires = ("outline_blocks",)
-    after = ("hoist_invariants",)
+    after = ("hoist_invariants", "skip_blocks")
 
     def validate(self) -> None:
         if not 0 < self.ratio <= 1:
@@ -87,8 +87,9 @@ class SelectTokens(Pass):
         return tokens if self.ratio == 1 else max(int(tokens * self.ratio) // self.multiple * self.multiple, least)
 
     def run(self, program: Program, context: Context) -> Outcome:
-        if program.decisions:
-            return Outcome(program, 0, (f"{program.decisions[0].name} was decided before; tokens are selected first",))
+        before = [d.name for d in program.decisions if d.slots]
+        if before:
+            return Outcome(program, 0, (f"{before[0]} keeps values of all tokens already: select tokens once, then cache",))
         if self.mask and context.steps and len(self.mask) != context.steps:
             raise RecipeError(
                 f"mask has {len(self.mask)} steps, the request has {context.steps}: give one digit a step"

@@ -13,7 +13,7 @@ from ditopt.artifact import Plan, StepGraph
 from ditopt.errors import DitoptWarning, SessionError
 from ditopt.ir.program import Interval, TensorType
 from ditopt.runtime.memo import Memos
-from ditopt.runtime.policy import Schedule, fit, schedule
+from ditopt.runtime.policy import Schedule, fit, schedule_of
 
 _AGAIN = "optimize the model again for these inputs"
 
@@ -94,7 +94,7 @@ class Ready:
         planned = self.manifest.steps or max((len(d.schedule.mask) for d in self.decisions), default=0) or None
         self.steps = declared or planned
         if self.steps not in self._rules:
-            made = {d.name: schedule(d.schedule, self.steps, d.name) for d in self.decisions}
+            made = {d.name: schedule_of(d, self.steps) for d in self.decisions}
             if declared and planned and declared != planned and made:
                 warnings.warn(
                     f"this request runs {declared} steps and the model was optimized for {planned}: the schedule was "

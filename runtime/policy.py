@@ -10,7 +10,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ditopt.artifact import StepGraph
 from ditopt.errors import DitoptWarning, SessionError
@@ -24,10 +24,12 @@ COMPUTE, REUSE, BYPASS = "compute", "reuse", "bypass"
 @dataclass(frozen=True)
 class Schedule:
     """An Interval for a known (or, with None, unknown) number of steps. Call it with a step index from 0: True where
-    the step computes. Steps at or beyond the number of steps compute."""
+    the step computes. Steps at or beyond the number of steps compute. ``stateless``: what takes a value's place on the
+    other steps is no earlier value."""
 
     interval: Interval
     steps: int | None
+    stateless: bool = False
 
     def __call__(self, step: int) -> bool:
         if self.interval.mask:
@@ -35,7 +37,7 @@ class Schedule:
         if self.idle(step) or step in self.resets:
             return True
         # nothing is cached before the first step
-        warm = max(self.interval.first, int(self.window[0]) + 1)
+        warm = max(self.interval.first, int(self.window[0]) + (not self.stateless))
         if step < warm or (self.interval.every and (step - warm + 1) % self.interval.every == 0):
             return True
         return self.steps is not None and step >= self.steps - self.interval.last
@@ -62,7 +64,13 @@ class Schedule:
         """The first step that does not compute; None where every step computes."""
         horizon = self.steps or len(self.interval.mask) or max(self.interval.first, 1) + 1
         # a mask may begin with 0, but the first step of a request always computes
-        return next((s for s in range(1, horizon) if not self(s)), None)
+        return next((s for s in range(not self.stateless, horizon) if not self(s)), None)
+
+
+def schedule_of(decision: Decision, steps: int | None) -> Schedule:
+    """The schedule of a decision over ``steps`` steps; see ``schedule``."""
+    made = schedule(decision.schedule, steps, decision.name)
+    return replace(made, stateless=not decision.predictor.anchors)
 
 
 def schedule(interval: Interval, steps: int | None, name: str = "cache") -> Schedule:
@@ -118,6 +126,8 @@ def choose(rule: Schedule, anchors: Sequence[Anchor], step: int) -> str:
     A branch without a value computes. So does one that was not called at a step when it should have computed
     (guidance intervals): its value is older than the schedule allows.
     """
+    if rule.stateless:
+        return COMPUTE if rule(step) else REUSE
     if rule.idle(step):
         return BYPASS
     if not anchors:
@@ -135,6 +145,8 @@ def coefficients(
     gram: Sequence[Sequence[float]] = (),
 ) -> list[float]:
     """The weights of ``predictor`` (that of ``decision``, or of its rule) at ``now``; see predict.weights."""
+    if not predictor.size:
+        return []
     used = list(anchors)
     if predictor.basis in ("taylor", "hermite") and not decision.schedule.mask and decision.rule is None:
         # TaylorSeer forms differences only from step first - 1 on: values older than first - 2 never enter one.
@@ -197,7 +209,7 @@ def table(
             raise SessionError(
                 f"decision {d.name!r} predicts in the model's time: pass the timesteps of the {steps} steps"
             )
-    rules = {d.name: schedule(d.schedule, steps, d.name) for d in decisions}
+    rules = {d.name: schedule_of(d, steps) for d in decisions}
     anchors: dict[str, list[Anchor]] = {d.name: [] for d in decisions}
     rows = []
     for step in range(steps):
@@ -219,7 +231,7 @@ def table(
 
 def distinct(decisions: Sequence[Decision], steps: int) -> list[Mapping[str, str]]:
     """The combinations of choices that a request of ``steps`` steps takes, the most frequent first."""
-    columns = [_choices(schedule(d.schedule, steps, d.name), steps) for d in decisions]
+    columns = [_choices(schedule_of(d, steps), steps) for d in decisions]
     rows = Counter(zip(*columns, strict=True))
     return [dict(zip([d.name for d in decisions], row, strict=True)) for row, _ in rows.most_common()]
 

@@ -94,10 +94,10 @@ class Caching:
                     modules.setdefault(block.id, []).append(selection.role)
         self._modules(modules)
 
-    def program(self, schedule: Interval, rule: Callable[[str, Signal], Rule]) -> Program:
-        """The rewritten Program; ``rule`` says how the signal in a slot is read."""
+    def program(self, schedule: Interval, rule: Callable[[str, Signal], Rule] | None = None) -> Program:
+        """The rewritten Program; ``rule`` says how the signal in a slot is read, where there is one."""
         asked = None
-        if self.o.signal:
+        if self.o.signal and rule is not None:
             found = SIGNALS[self.o.signal](self._site())
             if not found.lag:
                 self._independent(found.node)

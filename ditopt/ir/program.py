@@ -134,18 +134,19 @@ class Predictor:
 
     ``basis``: "hold" (newest value), "taylor" (TaylorSeer's finite differences), "newton" / "lagrange" (the polynomial
     through the last order + 1 values), "hermite" (HiCache), "ab2" (Adams-Bashforth), "ramp" (FasterCache), "foca"
-    (FoCa), "dmd" (dynamic mode decomposition). ``order`` is that of the first five. ``time``: measure distance in
+    (FoCa), "dmd" (dynamic mode decomposition), "none" (no earlier value is read: what stands in for the skipped value
+    belongs to the step itself). ``order`` is that of the first five. ``time``: measure distance in
     "step" index or in "timestep".
     """
 
-    basis: Basis = "hold"
+    basis: Basis | Literal["none"] = "hold"
     order: int = 0
     time: Literal["step", "timestep"] = "step"
 
     @property
     def anchors(self) -> int:
         """How many computed values it reads."""
-        return {"ab2": 3, "ramp": 2, "foca": 2, "dmd": 6}.get(self.basis, self.order + 1)
+        return {"none": 0, "ab2": 3, "ramp": 2, "foca": 2, "dmd": 6}.get(self.basis, self.order + 1)
 
     @property
     def window(self) -> int:

@@ -17,7 +17,7 @@ from torch import fx
 
 from ditopt.ir.cost import is_attention
 from ditopt.ir.short import Mixes, Place, Short, after, permuted
-from ditopt.ops import attention
+from ditopt.ops import attention, select
 
 aten = torch.ops.aten
 
@@ -354,6 +354,7 @@ _SAME = (
     aten.contiguous.default,
     aten.detach.default,
     aten.alias.default,
+    select,
 )
 
 RULES: dict[Any, Callable[[Short, fx.Node], None]] = {

@@ -216,7 +216,11 @@ class Choosing:
         for whole, twin, place in zip(full[:n], made[:n], part.places, strict=True):
             self.short.twins[whole] = twin, place
         for kept, new, ref in zip(full[n:], made[n:], part.kept, strict=True):
-            self.reuse.update(slots[ref], e.op(select, kept, new, self.name, at=made[-1].next), "always")
+            chosen = e.op(select, kept, new, self.name, at=made[-1].next)
+            for d in self.before.decisions:  # where the block is left out, so are its keys and values
+                if block in d.regions or f"{block}.attn" in d.regions:
+                    chosen = e.op(select, chosen, slots[ref], d.name, at=chosen.next)
+            self.reuse.update(slots[ref], chosen, "always")
         self.blocks.append(block)
 
     def _body(self, node: fx.Node, block: str) -> _Part:
