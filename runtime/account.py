@@ -126,8 +126,9 @@ class Ledger:
         hit = {repr(rule) for name, rule in self.rules.items() if self.hits[name] and self.measured.get(name)}
         for name, rule in self.rules.items():
             if not self.hits[name] and not (self.measured.get(name) and repr(rule) in hit):
+                what = f"cache {name!r}" if name.startswith("cache") else repr(name)
                 warnings.warn(
-                    f"cache {name!r} was never reused in this request: {self.reason(name)}", DitoptWarning, stacklevel=4
+                    f"{what} was never reused in this request: {self.reason(name)}", DitoptWarning, stacklevel=4
                 )
 
 

@@ -35,13 +35,19 @@ class Schedule:
     def __call__(self, step: int) -> bool:
         if self.interval.mask:
             return step >= len(self.interval.mask) or self.interval.mask[step] == "1"
-        if self.idle(step):
+        if self.idle(step) or step in self.resets:
             return True
         # nothing is cached before the first step
         warm = max(self.interval.first, int(self.window[0]) + (not self.stateless))
         if step < warm or (self.interval.every and (step - warm + 1) % self.interval.every == 0):
             return True
         return self.steps is not None and step >= self.steps - self.interval.last
+
+    @property
+    def resets(self) -> set[int]:
+        """The steps that compute besides."""
+        words = self.interval.resets.split()
+        return {round(float(w[:-1]) / 100 * (self.steps or 0)) if w.endswith("%") else int(w) for w in words}
 
     def idle(self, step: int) -> bool:
         """Whether ``step`` lies outside the window, where values are computed and not kept."""
@@ -91,6 +97,11 @@ def schedule(interval: Interval, steps: int | None, name: str = "cache") -> Sche
         raise SessionError(
             f"decision {name!r} holds within a part of the request ({interval.since:g} to {interval.until:g}), and the "
             "number of steps is unknown; pass steps= to optimize or open a session with steps="
+        )
+    if "%" in interval.resets and steps is None:
+        raise SessionError(
+            f"decision {name!r} computes at shares of the request ({interval.resets}), and the number of steps is unknown; "
+            "pass steps= to optimize or open a session with steps="
         )
     if interval.last and steps is None and interval.every != 1:
         warnings.warn(

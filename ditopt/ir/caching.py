@@ -104,6 +104,7 @@ class Caching:
             self.reuse.update(slot, found.node, found.when)
             asked = rule(slot.meta["formal"].ref, found)
         gram = inner_products(self.reuse, self._kept) if self.o.predictor.basis == "dmd" else ""
+        self._guard()
         self.reuse.finish(self.before.step.state_out)
         decision = Decision(
             self.name,
@@ -133,6 +134,16 @@ class Caching:
         )
         _measurable(made, self.o.signal)
         return made
+
+    def _guard(self) -> None:
+        """What earlier decisions leave for the next step stays as it was where this one skips what they are made of."""
+        step = self.before.step
+        held = {formal(p).ref: self.e[p] for p in step.placeholders if formal(p).kind == "state"}
+        results = list(self.e.results)
+        for k, slot in enumerate(step.state_out, step.n_results):
+            if "model" in self.regions and slot in held:
+                results[k] = self.e.op(select, results[k], held[slot], self.name)
+        self.e.set_results(results)
 
     # -- one value -------------------------------------------------------------------------------------------------
 

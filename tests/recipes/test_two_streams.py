@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.recipes import test_blocks, test_forecasts, test_gates
-from tests.recipes.oracle import Case, agrees, on, wanted
+from tests.recipes.oracle import Case, agrees, on
 
 TWO = {
     "firstblock": Case("firstblock{threshold=0.25}", lambda: test_gates.firstblock(0.25)),
