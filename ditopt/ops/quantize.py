@@ -38,9 +38,17 @@ dequantize = torch.ops.ditopt.dequantize.default
 
 
 def decompose_quantize(
-    emit: Callable[..., Any], x: Any, bits: int, group: int = 0, packed: bool = False, *, shape: tuple[int, ...]
+    emit: Callable[..., Any],
+    x: Any,
+    bits: int,
+    group: int = 0,
+    packed: bool = False,
+    *,
+    shape: tuple[int, ...],
+    offset: int = 0,
 ) -> tuple[Any, Any]:
-    """The operators that quantize x, which has ``shape``, made by ``emit(target, *args, **kwargs)``."""
+    """The operators that quantize x, which has ``shape``, made by ``emit(target, *args, **kwargs)``. With an ``offset``
+    values are uint8, this much larger."""
     rows, width = shape[:-1], shape[-1]
     groups = width // group if group else 1
     wide = x if _type(x).dtype is torch.float32 else emit(aten._to_copy.default, x, dtype=torch.float32)
@@ -52,6 +60,8 @@ def decompose_quantize(
     if groups > 1:
         values = emit(aten.reshape.default, values, list(shape))
         scale = emit(aten.reshape.default, scale, [*rows, groups])
+    if offset:
+        return emit(aten._to_copy.default, emit(aten.add.Tensor, values, float(offset)), dtype=torch.uint8), scale
     if not packed:
         return emit(aten._to_copy.default, values, dtype=torch.int8), scale
     pairs = emit(aten.reshape.default, emit(aten.add.Tensor, values, 8.0), [*rows, width // 2, 2])
@@ -65,13 +75,12 @@ def decompose_dequantize(
 ) -> Any:
     """The operators that make numbers of values; ``shape`` is that of the result, ``groups`` are those of a row."""
     rows, width = shape[:-1], shape[-1]
-    x = values
-    if _type(values).dtype is torch.uint8:
-        low, high = emit(aten.bitwise_and.Scalar, x, 15), emit(aten.bitwise_right_shift.Tensor_Scalar, x, 4)
+    x = emit(aten._to_copy.default, values, dtype=torch.float32)
+    if _type(values).dtype is torch.uint8:  # halves of a byte, in floating point: exact, and every backend has it
+        high = emit(aten.floor.default, emit(aten.mul.Tensor, x, 1 / 16))
+        low = emit(aten.sub.Tensor, x, emit(aten.mul.Tensor, high, 16.0))
         x = emit(aten.reshape.default, emit(aten.stack.default, [low, high], -1), list(shape))
-        x = emit(aten.sub.Tensor, emit(aten._to_copy.default, x, dtype=torch.float32), 8.0)
-    else:
-        x = emit(aten._to_copy.default, x, dtype=torch.float32)
+        x = emit(aten.sub.Tensor, x, 8.0)
     if groups > 1:
         x = emit(aten.reshape.default, x, [*rows, groups, width // groups])
         x = emit(aten.mul.Tensor, x, emit(aten.unsqueeze.default, scale, -1))
