@@ -16,11 +16,11 @@ from torch import fx
 from ditopt.ir.edit import Editor, replace_functions
 from ditopt.ir.program import Function, Program, callee, is_call
 from ditopt.ops import dequantize, int8_linear, norm_quantize, packed_linear, quantize
-from ditopt.ops.int8_linear import OFFSET
 from ditopt.ops.int8_linear import decompose as open_int8_linear
 from ditopt.ops.norm_quantize import decompose as open_norm_quantize
+from ditopt.ops.norm_quantize import modulated
 from ditopt.ops.packed_linear import decompose as open_packed_linear
-from ditopt.ops.quantize import decompose_dequantize, decompose_quantize
+from ditopt.ops.quantize import decompose_dequantize, decompose_quantize, quantize_unsigned
 
 ORIGIN = "claims"
 
@@ -56,6 +56,8 @@ def _claim(node: fx.Node, target: str) -> tuple[Form, str]:
             return "kernel", "MatMulIntegerToFloat, of unsigned activations: several times faster than signed ones"
         if op is packed_linear and (why := _why_not_nbits(node)) == "":
             return "kernel", "MatMulNBits reads packed weights"
+        if _wants_unsigned(node, target):
+            return "written out", "a norm, two reductions over a row and QuantizeLinear, which is vectorized"
         return "written out", why if op is packed_linear else "onnxruntime has no such operator for a scale of each row"
     if op is int8_linear:
         return "written out", "torch's int8 product, around which Inductor fuses scales, bias, activation, gate and sum"
@@ -103,8 +105,7 @@ def _open(function: Function, target: str, formals: bool) -> Function:
             def emit(op: Any, *args: Any, at: fx.Node = node, **kwargs: Any) -> fx.Node:
                 return e.op(op, *args, at=at, region=str(at.meta["region"]), **kwargs)
 
-            unsigned = target == "onnxruntime" and _only_multiplied(node)
-            made = _OPEN[node.target](emit, node, OFFSET if unsigned else 0)
+            made = (_unsigned if _wants_unsigned(node, target) else _OPEN[node.target])(emit, node)
             if isinstance(made, tuple):
                 for user in list(node.users):
                     user.replace_all_uses_with(made[user.args[1]])  # type: ignore[index]
@@ -114,11 +115,21 @@ def _open(function: Function, target: str, formals: bool) -> Function:
     return e.function()
 
 
-def _only_multiplied(node: fx.Node) -> bool:
-    """Whether the integers that ``node`` makes go into int8_linear and nowhere else."""
+def _wants_unsigned(node: fx.Node, target: str) -> bool:
+    """Whether ``target`` multiplies unsigned values, and those that ``node`` makes are multiplied and read by nothing
+    else."""
     values = [u for u in node.users if u.target is operator.getitem and u.args[1] == 0]
     readers = [r for v in values for r in v.users]
-    return bool(readers) and all(r.target is int8_linear and r.args[0] in values for r in readers)
+    multiplied = bool(readers) and all(r.target is int8_linear and r.args[0] in values for r in readers)
+    return target == "onnxruntime" and node.target in (quantize, norm_quantize) and multiplied
+
+
+def _unsigned(emit: Any, node: fx.Node) -> Any:
+    x: Any = node.args[0]
+    if node.target is norm_quantize:
+        x = modulated(emit, x, *node.args[2:], width=_shape(x)[-1])
+    made = emit(quantize_unsigned, x)
+    return emit(operator.getitem, made, 0), emit(operator.getitem, made, 1)
 
 
 def _first(value: Any) -> Any:
@@ -129,31 +140,31 @@ def _shape(node: Any) -> tuple[int, ...]:
     return tuple(int(s) for s in node.meta["val"].shape)
 
 
-def _quantize(emit: Any, node: fx.Node, offset: int) -> Any:
-    return decompose_quantize(emit, *node.args, shape=_shape(node.args[0]), offset=offset)
+def _quantize(emit: Any, node: fx.Node) -> Any:
+    return decompose_quantize(emit, *node.args, shape=_shape(node.args[0]))
 
 
-def _norm_quantize(emit: Any, node: fx.Node, offset: int) -> Any:
-    return open_norm_quantize(emit, *node.args, shape=_shape(node.args[0]), offset=offset)
+def _norm_quantize(emit: Any, node: fx.Node) -> Any:
+    return open_norm_quantize(emit, *node.args, shape=_shape(node.args[0]))
 
 
-def _dequantize(emit: Any, node: fx.Node, offset: int) -> Any:
+def _dequantize(emit: Any, node: fx.Node) -> Any:
     groups = _shape(node.args[1])[-1]
     return decompose_dequantize(emit, *node.args, shape=_shape(node), groups=groups)
 
 
-def _int8_linear(emit: Any, node: fx.Node, offset: int) -> Any:
+def _int8_linear(emit: Any, node: fx.Node) -> Any:
     return open_int8_linear(emit, *node.args, shape=_shape(node.args[0]))
 
 
-def _packed_linear(emit: Any, node: fx.Node, offset: int) -> Any:
+def _packed_linear(emit: Any, node: fx.Node) -> Any:
     x, values, scale, *bias = node.args
     shape = (_shape(values)[0], _shape(x)[-1])
     dtype = x.meta["val"].dtype  # type: ignore[union-attr]
     return open_packed_linear(emit, x, values, scale, *bias, dtype=dtype, shape=shape, groups=_shape(scale)[-1])
 
 
-_OPEN: dict[Any, Callable[[Any, fx.Node, int], Any]] = {
+_OPEN: dict[Any, Callable[[Any, fx.Node], Any]] = {
     quantize: _quantize,
     dequantize: _dequantize,
     norm_quantize: _norm_quantize,

@@ -27,7 +27,7 @@ from torch import Tensor, fx
 
 from ditopt.artifact import Manifest, StepGraph, read_manifest, to_json
 from ditopt.codegen.onnx import bfloat16
-from ditopt.codegen.onnx.quantized import translations
+from ditopt.codegen.onnx.quantized import fused_attention, translations
 from ditopt.codegen.onnx.repairs import (
     full_masks,
     plain_splits,
@@ -272,6 +272,7 @@ def _translate(module: fx.GraphModule, inputs: Sequence[Tensor], where: str) -> 
     model.graph.metadata_props.clear()
     plain_splits(model)
     runnable_wheres(model)
+    fused_attention(model)
     importlib.import_module("onnx_ir.passes.common").RemoveUnusedNodesPass()(model)
     return model
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ditopt.errors import require
 from ditopt.ops import int8_linear, packed_linear
-from ditopt.ops.int8_linear import OFFSET
+from ditopt.ops.quantize import EPS, OFFSET, quantize_unsigned
 
 DOMAIN = "com.microsoft"
 
@@ -50,7 +50,66 @@ def translations(opset: int) -> dict[Any, Callable[..., Any]]:
         y = unpack(x, blocks, scale, K=2 * half, N=rows, bits=4, block_size=size, accuracy_level=1)
         return op.Add(y, bias) if bias is not None else y
 
-    return {int8_linear: linear, packed_linear: packed}
+    def unsigned(x: Any) -> Any:
+        last = constant([-1], kinds.INT64)
+        most = op.Max(op.ReduceMax(x, last), op.Neg(op.ReduceMin(x, last)), constant(EPS, kinds.FLOAT))
+        scale = op.Div(most, constant(127.0, kinds.FLOAT))
+        zero = constant(OFFSET, kinds.UINT8)
+        return op.QuantizeLinear(op.Div(x, scale), constant(1.0, kinds.FLOAT), zero), scale
+
+    return {int8_linear: linear, packed_linear: packed, quantize_unsigned: unsigned}
+
+
+def fused_attention(model: Any) -> int:
+    """Rewrite, in place, each Attention whose heads are a transposition of (*batch, tokens, channels) to
+    MultiHeadAttention of onnxruntime, which reads that layout as it is and is a tenth faster. How many were rewritten.
+    Only in models that are onnxruntime's anyway: Attention is everybody's."""
+    ir = require("onnx_ir", None)
+    if not any(node.domain == DOMAIN for node in model.graph):
+        return 0
+    count = 0
+    for node in list(model.graph):
+        if node.op_type != "Attention" or node.domain or len([i for i in node.inputs if i is not None]) != 3:
+            continue
+        if set(node.attributes) - {"scale"} and any(
+            node.attributes[k].value for k in set(node.attributes) - {"scale"}
+        ):
+            continue  # causal, capped, or with fewer heads of keys
+        before = [i.producer() for i in node.inputs]
+        after = [u.node for u in node.outputs[0].uses()]
+        if len(node.outputs) > 1 or len(after) != 1 or not all(map(_swaps_heads, [*before, *after])):
+            continue
+        sources = [b.inputs[0] for b in before]
+        if any(s.shape is None or len(s.shape) != 4 or s.dtype != ir.DataType.FLOAT for s in sources):
+            continue
+        heads = int(sources[0].shape[2])
+
+        def put(op: str, inputs: Any, domain: str = "", at: Any = node, **more: Any) -> Any:
+            made = ir.node(op, inputs, more or None, domain=domain)
+            model.graph.insert_before(at, made)
+            return made.outputs[0]
+
+        def flat(value: Any, put: Any = put) -> Any:
+            rows, tokens, parts, width = (int(n) for n in value.shape)
+            return put("Reshape", [value, constant([rows, tokens, parts * width], put)])
+
+        def constant(value: Any, put: Any = put) -> Any:
+            return put("Constant", [], value=ir.tensor(value, dtype=ir.DataType.INT64))
+
+        scale = {"scale": node.attributes["scale"].value} if "scale" in node.attributes else {}
+        made = put("MultiHeadAttention", [flat(s) for s in sources], DOMAIN, num_heads=heads, **scale)
+        old = after[0].outputs[0]
+        back = put("Reshape", [made, constant([int(n) for n in old.shape])])
+        back.type, back.shape = old.type, old.shape
+        ir.convenience.replace_all_uses_with(old, back, replace_graph_outputs=True)
+        for gone in (after[0], node):
+            model.graph.remove(gone, safe=True)
+        count += 1
+    return count
+
+
+def _swaps_heads(node: Any) -> bool:
+    return node is not None and node.op_type == "Transpose" and list(node.attributes["perm"].value) == [0, 2, 1, 3]
 
 
 def _contrib(name: str, inputs: Sequence[str], attributes: Sequence[str] = ()) -> Any:

@@ -10,7 +10,7 @@ float32, bias (N,) -> (*B, N) of ``dtype``::
     y = residual + gate * y                          gate and residual broadcast to (*B, N)
 
 The product and its sum are integers and exact (K up to 2^17); the rest is float32 and rounded to ``dtype`` once.
-values may be uint8 instead, each ``OFFSET`` larger: some CPUs and onnxruntime multiply unsigned by signed bytes faster.
+values may be those of ``ditopt::quantize_unsigned`` instead.
 ``activation`` is one of ``ACTIVATIONS``. Without gate or residual that part is left out.
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ditopt._torch import int_mm
 from ditopt.ops.attention import _run
-from ditopt.ops.quantize import _type
+from ditopt.ops.quantize import OFFSET, _type
 
 aten = torch.ops.aten
 
@@ -37,9 +37,6 @@ ACTIVATIONS: dict[str, Callable[[Callable[..., Any], Any], Any]] = {
     "gelu_tanh": lambda emit, x: emit(aten.gelu.default, x, approximate="tanh"),
 }
 """What may follow the product, and the operators that it is."""
-
-OFFSET = 128
-"""What unsigned values are larger by."""
 
 _library = torch.library.Library("ditopt", "FRAGMENT")
 _library.define(

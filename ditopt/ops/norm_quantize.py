@@ -49,11 +49,9 @@ def modulated(
     return emit(aten.add.Tensor, y, shift) if shift is not None else y
 
 
-def decompose(
-    emit: Callable[..., Any], x: Any, bits: int, *more: Any, shape: tuple[int, ...], offset: int = 0
-) -> tuple[Any, Any]:
-    """The operators that it all stands for; x has ``shape``. ``offset`` is that of ``decompose_quantize``."""
-    return decompose_quantize(emit, modulated(emit, x, *more, width=shape[-1]), bits, shape=shape, offset=offset)
+def decompose(emit: Callable[..., Any], x: Any, bits: int, *more: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """The operators that it all stands for; x has ``shape``."""
+    return decompose_quantize(emit, modulated(emit, x, *more, width=shape[-1]), bits, shape=shape)
 
 
 def reference(

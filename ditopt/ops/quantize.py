@@ -1,6 +1,7 @@
 """``ditopt::quantize`` and ``ditopt::dequantize``: numbers as small integers with a scale, along the last axis.
 
     quantize(x, bits, group=0, packed=False) -> (values, scale)
+    quantize_unsigned(x) -> (values, scale)
     dequantize(values, scale, dtype) -> x
 
 x (*B, K) floating -> values (*B, K) int8 in [-q, q] with q = 2^(bits-1) - 1, and scale (*B, K / group) float32, one for
@@ -10,7 +11,8 @@ each group of ``group`` numbers in a row; group 0 is the whole row, scale (*B, 1
     values = round(x / scale)                       half to even
 
 ``packed`` (4 bits, even K) stores values (*B, K/2) uint8: value + 8, two in a byte, the even one in the low half.
-``dequantize`` is values * scale in float32, then ``dtype``. Integers of products are ``ditopt::int8_linear``'s; written
+``quantize_unsigned`` is quantize(x, 8) with values + OFFSET as uint8: x86 and onnxruntime multiply unsigned by signed
+bytes faster. ``dequantize`` is values * scale in float32, then ``dtype``. Integers of products are ``ditopt::int8_linear``'s; written
 out, the two are what quantization does to a program, on any backend.
 """
 
@@ -29,11 +31,16 @@ aten = torch.ops.aten
 EPS = 1e-8
 """The least magnitude of a group: zeros have a scale too."""
 
+OFFSET = 128
+"""What unsigned values are larger by."""
+
 _library = torch.library.Library("ditopt", "FRAGMENT")
 _library.define("quantize(Tensor x, int bits, int group=0, bool packed=False) -> (Tensor, Tensor)")
+_library.define("quantize_unsigned(Tensor x) -> (Tensor, Tensor)")
 _library.define("dequantize(Tensor values, Tensor scale, ScalarType dtype) -> Tensor")
 
 quantize = torch.ops.ditopt.quantize.default
+quantize_unsigned = torch.ops.ditopt.quantize_unsigned.default
 dequantize = torch.ops.ditopt.dequantize.default
 
 
@@ -45,10 +52,8 @@ def decompose_quantize(
     packed: bool = False,
     *,
     shape: tuple[int, ...],
-    offset: int = 0,
 ) -> tuple[Any, Any]:
-    """The operators that quantize x, which has ``shape``, made by ``emit(target, *args, **kwargs)``. With an ``offset``
-    values are uint8, this much larger."""
+    """The operators that quantize x, which has ``shape``, made by ``emit(target, *args, **kwargs)``."""
     rows, width = shape[:-1], shape[-1]
     groups = width // group if group else 1
     wide = x if _type(x).dtype is torch.float32 else emit(aten._to_copy.default, x, dtype=torch.float32)
@@ -60,8 +65,6 @@ def decompose_quantize(
     if groups > 1:
         values = emit(aten.reshape.default, values, list(shape))
         scale = emit(aten.reshape.default, scale, [*rows, groups])
-    if offset:
-        return emit(aten._to_copy.default, emit(aten.add.Tensor, values, float(offset)), dtype=torch.uint8), scale
     if not packed:
         return emit(aten._to_copy.default, values, dtype=torch.int8), scale
     pairs = emit(aten.reshape.default, emit(aten.add.Tensor, values, 8.0), [*rows, width // 2, 2])
@@ -124,6 +127,17 @@ def dequantize_reference(values: Tensor, scale: Tensor, dtype: torch.dtype) -> T
     return out
 
 
-for _name, _reference in (("quantize", quantize_reference), ("dequantize", dequantize_reference)):
+def unsigned_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """quantize(x, 8), the values moved up."""
+    values, scale = quantize_reference(x, 8)
+    return (values.to(torch.int16) + OFFSET).to(torch.uint8), scale
+
+
+_REFERENCES: dict[str, Callable[..., Any]] = {
+    "quantize": quantize_reference,
+    "quantize_unsigned": unsigned_reference,
+    "dequantize": dequantize_reference,
+}
+for _name, _reference in _REFERENCES.items():
     _library.impl(_name, _reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ditopt::{_name}", _reference, lib=_library)
