@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from ditopt.errors import require
 from ditopt.ir.edit import Editor, replace_functions
 from ditopt.ir.program import Function, Program, callee, is_call
 from ditopt.ops import dequantize, int8_linear, norm_quantize, packed_linear, quantize
@@ -93,6 +94,17 @@ def claimed(program: Program, target: str) -> Program:
         if name not in memos and any(n.target in _OPEN for n in f.graph.nodes)
     }
     return replace_functions(program, changed) if changed else program
+
+
+def with_kernels(program: Program) -> Program:
+    """``program``, for whose operators on a GPU the Triton kernels are in place. MissingExtra where there is no Triton."""
+    nodes = [n for f in program.functions.values() for n in f.graph.nodes if n.target is int8_linear]
+    if any(n.meta["val"].device.type == "cuda" for n in nodes):
+        require("triton", None)
+        from ditopt.codegen.triton.int8_linear import register  # imports triton
+
+        register()
+    return program
 
 
 def _open(function: Function, target: str, formals: bool) -> Function:

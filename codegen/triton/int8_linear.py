@@ -1,6 +1,6 @@
 """``ditopt::int8_linear`` in Triton: int8 matrix product, everything that follows it on the accumulator.
 
-One program computes a tile of BLOCK_M x BLOCK_N results: it adds up int8 products in int32, and in float32 multiplies
+One program computes a tile of rows and columns: it adds up int8 products in int32, and in float32 multiplies
 with the scales of rows and columns, adds the bias, applies the activation, the gate and the residual, and rounds once.
 The reference is ``ditopt.ops.int8_linear.reference``; sums are exact, so the two differ by rounding only.
 """
@@ -18,8 +18,10 @@ from torch import Tensor
 
 from ditopt.ops.int8_linear import ACTIVATIONS, check
 
-BLOCK_M, BLOCK_N, BLOCK_K = 128, 128, 64
-WARPS, STAGES = 8, 3
+ROWS = {128: 8, 64: 4}
+"""Rows of a tile, for many and for few rows in all, and the warps that compute it."""
+
+BLOCK_N, BLOCK_K, STAGES = 64, 64, 3
 NUMBERS = {name: k for k, name in enumerate(ACTIVATIONS)}
 """Activations as the kernel knows them."""
 
@@ -119,7 +121,7 @@ def launch(
         return out
     tokens = values.shape[-2]
     gate_at, residual_at = _strides(gate, out), _strides(residual, out)
-    block_m, block_n, block_k = blocks or (BLOCK_M if rows > 64 else 64, BLOCK_N, BLOCK_K)
+    block_m, block_n, block_k = blocks or (128 if rows > 64 else 64, BLOCK_N, BLOCK_K)
     grid = (triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n),)
     kernel[grid](
         values.contiguous(),
@@ -143,7 +145,7 @@ def launch(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        num_warps=WARPS if block_m > 64 else 4,
+        num_warps=ROWS.get(block_m, 4),
         num_stages=STAGES,
     )
     return out

@@ -1,6 +1,6 @@
 """Run by test_int8_linear.py in a process of its own: compiles the kernel ahead of time for GPUs that are not there.
 
-Prints one line of JSON a GPU: its name, the registers spilled (or bytes of stack), shared memory, and whether the
+Prints one line of JSON for each GPU and tile that it is launched with: their name, the registers spilled (or bytes of stack), shared memory, and whether the
 instruction that multiplies int8 matrices there is in the code.
 """
 
@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ditopt.codegen.triton.int8_linear import BLOCK_K, BLOCK_M, BLOCK_N, STAGES, WARPS, kernel
+from ditopt.codegen.triton.int8_linear import BLOCK_K, BLOCK_N, ROWS, STAGES, kernel
 
 TARGETS = {
     "sm80": (GPUTarget("cuda", 80, 32), r"mma\.sync.*s8"),
@@ -34,7 +34,6 @@ FIXED = {
     "HAS_BIAS": True,
     "HAS_GATE": True,
     "HAS_RESIDUAL": True,
-    "BLOCK_M": BLOCK_M,
     "BLOCK_N": BLOCK_N,
     "BLOCK_K": BLOCK_K,
 }
@@ -50,12 +49,12 @@ def spills_of_cubin(cubin):
     return int(stack) + int(local)
 
 
-def compiled(target, instruction):
+def compiled(target, instruction, rows, warps):
     types = {name: TYPES.get(name, "constexpr") for name in kernel.arg_names}
-    fixed = {(kernel.arg_names.index(name),): value for name, value in FIXED.items()}
+    fixed = {(kernel.arg_names.index(name),): value for name, value in {**FIXED, "BLOCK_M": rows}.items()}
     dense = ("values", "weight", "scale", "weight_scale", "bias", "gate", "residual", "out", "columns", "width")
     aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in dense}
-    options = {"num_warps": WARPS, "num_stages": STAGES}
+    options = {"num_warps": warps, "num_stages": STAGES}
     if target.backend == "hip":
         options["num_stages"] = 2
     made = triton.compile(ASTSource(kernel, types, fixed, aligned), target=target, options=options)
@@ -69,4 +68,5 @@ def compiled(target, instruction):
 
 if __name__ == "__main__":
     for name, (target, instruction) in TARGETS.items():
-        print(json.dumps([name, *compiled(target, instruction)]))
+        for rows, warps in ROWS.items():
+            print(json.dumps([f"{name}, {rows} rows", *compiled(target, instruction, rows, warps)]))
