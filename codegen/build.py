@@ -17,7 +17,7 @@ from ditopt.codegen.onnx.export import export_artifact
 from ditopt.codegen.probe import NAME as PROBE
 from ditopt.errors import DitoptError
 from ditopt.ir.edit import inline
-from ditopt.ir.opening import opened
+from ditopt.ir.opening import opened, spelled
 from ditopt.ir.program import Program
 from ditopt.ops.call_module import calls
 
@@ -93,7 +93,7 @@ def export(
     **more: Any,
 ) -> Manifest:
     """Write ``program`` as ONNX files beside ``path`` (codegen/onnx/export.py)."""
-    program = opened(program)
+    program = spelled(opened(program))
     refuse_modules(program, "become ONNX")
     lowered = [*lower(program, rows), *lower_memos(program)]
     split = len(lowered) - len(program.memos)

@@ -34,6 +34,9 @@ class SparseAttention(Pass):
     like a square, "none" the order of the model. "default" is "none" for windows, "auto" for the others; where
     ``reorder_tokens`` has put tokens in tiles, these are taken.
 
+    ``grid``: rows and columns of the tokens, such as "64x64", where the graph does not show them (a pipeline that packs
+    latents into tokens before it calls the model).
+
     For drafts: ``selector`` ("topk", "topp" until ``mass`` of the draft is held, "head" over all rows of a head),
     ``longest`` (the longest list, as a part of the blocks; 0: twice the density, or half of them for "topp"), ``cross`` ("sparse"
     lets a draft choose among the text keys of cross attention too).
@@ -45,6 +48,7 @@ class SparseAttention(Pass):
     window: str = ""
     block: int = 64
     tile: str = "default"
+    grid: str = ""
     selector: Literal["topk", "topp", "head"] = "topk"
     mass: float = 0.9
     longest: float = 0.0
@@ -65,6 +69,7 @@ class SparseAttention(Pass):
         if self.block < 16:
             raise RecipeError(f"sparse_attention{{block={self.block}}}: expected 16 tokens or more")
         window = self._grid("window", self.window)
+        self._grid("grid", self.grid)
         tile = self._grid("tile", self.tile) if self.tile not in ("default", "auto", "none") else ()
         if self.tile not in ("default", "auto", "none") and not tile:
             raise RecipeError("sparse_attention{tile=...}: expected sizes such as 8x8, or auto, or none")
@@ -119,7 +124,7 @@ class SparseAttention(Pass):
 
     def run(self, program: Program, context: Context) -> Outcome:
         blocks = {b for s in select_regions(program, self.region) for b in s.ids}
-        work = Sparsify(program, self.attn, self.auto, self.name)
+        work = Sparsify(program, self.attn, self.auto, read_grid(self.grid), self.name)
         applied = work.apply({b.removesuffix(".attn") for b in blocks} if "model" not in blocks else None)
         nothing = ("nothing attends in the blocks that were selected",)
         refused = tuple(work.refused) or (() if applied else nothing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -64,13 +65,14 @@ class _Side:
 
 
 class Sparsify:
-    """Works on ``program``; ``auto``: the grid chooses the tile. ``refused`` and ``notes`` are for the Outcome."""
+    """Works on ``program``; ``auto``: the grid chooses the tile; ``grid``: of tokens whose grid the graph does not show.
+    ``refused`` and ``notes`` are for the Outcome."""
 
-    def __init__(self, program: Program, attn: SparseAttn, auto: bool, origin: str) -> None:
+    def __init__(self, program: Program, attn: SparseAttn, auto: bool, grid: Grid, origin: str) -> None:
         self.program = program
         self.refused: list[str] = []
         self.notes: list[str] = []
-        self._attn, self._auto, self._origin = attn, auto, origin
+        self._attn, self._auto, self._grid, self._origin = attn, auto, grid, origin
         self._params: dict[str, Tensor] = {}
         self._tiles = reordered(program.params)
 
@@ -194,8 +196,13 @@ class Sparsify:
                 raise _Dense(f"its {what} are no tokens of the latent, and text is never left out")
             rows = int(operand.meta["val"].shape[-2])
             return _Side(Placed(rows, 0, rows, ()), (), None)
+        if not at.grid and math.prod(self._grid) == at.length:
+            at = dataclasses.replace(at, grid=self._grid)
         if not at.grid and (not isinstance(source, Draft) or self._attn.tile):
-            raise _Dense(f"no grid was found for the tokens of its {what}")
+            raise _Dense(
+                f"no grid was found for the {at.length} tokens of its {what}; where the graph does not show it, give "
+                "grid=ROWSxCOLUMNS"
+            )
         tile = self._tile(at)
         placed = at.grid in self._tiles
         if not tile or placed:
