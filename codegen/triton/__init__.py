@@ -1,0 +1,1 @@
+"""Handwritten Triton kernels, one file each. Importing one imports triton."""
