@@ -19,7 +19,7 @@ from ditopt.codegen.probe import NAME as PROBE
 from ditopt.codegen.variants import Choices, combinations
 from ditopt.errors import DitoptError
 from ditopt.ir.edit import inline
-from ditopt.ir.opening import opened
+from ditopt.ir.opening import opened, spelled
 from ditopt.ir.program import Program
 from ditopt.ops.call_module import calls
 
@@ -97,7 +97,7 @@ def export(
     **more: Any,
 ) -> Manifest:
     """Write ``program`` as ONNX files beside ``path`` (codegen/onnx/export.py)."""
-    program = claimed(opened(program), "onnxruntime")
+    program = claimed(spelled(opened(program)), "onnxruntime")
     refuse_modules(program, "become ONNX")
     lowered = [*lower(program, rows), *lower_memos(program)]
     split = len(lowered) - len(program.memos)
