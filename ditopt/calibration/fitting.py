@@ -17,6 +17,9 @@ from ditopt.ir.program import Role
 from ditopt.pipeline import Value
 from ditopt.recipe import Recipe, System, available, named
 
+_WHOLE = 1024
+"""Token positions that a search records at least: it looks at outputs of the model, whose channels are few."""
+
 
 def calibrate(
     model: Any,
@@ -45,13 +48,14 @@ def calibrate(
     system, values = _system(recipe)
     listed, search = list(seeds), sources.searcher(system.calibration)
     source = sources.get(system.calibration) if search is None else None
+    regions = (source or search).REGIONS  # type: ignore[union-attr]
     profile = record(
         model,
         sampler,
-        regions=source.REGIONS if source else ["latent"],
+        regions=regions,
         steps=steps,
-        seeds=listed if source else listed[:1],
-        tokens=tokens,
+        seeds=listed if source or "model" in regions else listed[:1],
+        tokens=max(tokens, _WHOLE) if search else tokens,
         memory=memory,
         roles=roles,
         progress=progress,
@@ -60,7 +64,7 @@ def calibrate(
         return _fitted(system, values, source, profile)
     assert search is not None
     assert sampler is not None
-    found = search.search(_trials(model, sampler, steps, listed), steps, values, seconds)
+    found = search.search(_trials(model, sampler, steps, listed), profile, values, seconds)
     return Recipe(Recipe.parse(found).steps, system.name, profile.key)
 
 
