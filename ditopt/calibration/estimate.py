@@ -123,7 +123,7 @@ class Estimate:
         """The best mask found of each number of computed steps from 1 to ``count``, by descent.
 
         Each number begins from the best mask of one step less, with the step added that helps most, and from evenly
-        spaced masks; so no number of steps is worse than a smaller one. Deterministic.
+        spaced masks. Deterministic.
         """
         best: dict[int, str] = {}
         for n in range(1, count + 1):
