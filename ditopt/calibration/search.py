@@ -168,7 +168,7 @@ class _Evolution:
         return new
 
     def begin(self, population: int, initial: Iterable[ArrayLike]) -> list[Candidate]:
-        members = []
+        members: list[Candidate | None] = []
         for genome in initial:
             array = np.asarray(genome)
             if array.shape != self.shape:

@@ -41,19 +41,32 @@ class Trials:
     """``with Trials(model, recipe, run, seeds=..., steps=...) as trials:`` optimizes ``model`` (a module or a pipeline)
     by ``recipe`` for as long as the block lasts, and ``trials(masks)`` runs all seeds under other masks.
 
+    ``plain``: the plain samples by seed, where they are known.
+
     ``decisions``: names of what the masks are for, with the regions that each stands for.
     """
 
-    def __init__(self, model: Any, recipe: str, run: Run, *, seeds: Sequence[int], steps: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        recipe: str,
+        run: Run,
+        *,
+        seeds: Sequence[int],
+        steps: int,
+        plain: Mapping[int, Tensor] | None = None,
+    ) -> None:
         if not seeds or steps < 2:
             raise BadInput(f"{len(seeds)} seeds and {steps} steps given; expected at least one seed and 2 steps")
         self._model, self._recipe, self._run, self._seeds, self._steps = model, recipe, run, list(seeds), steps
         self.count = 0
+        self._known = plain or {}
         self._exit = ExitStack()
 
     def __enter__(self) -> Trials:
         with torch.no_grad():
-            self._plain = [self._run(self._model, seed).detach().double() for seed in self._seeds]
+            known = [self._known[s] if s in self._known else self._run(self._model, s) for s in self._seeds]
+        self._plain = [samples.detach().double() for samples in known]
         self._fast = api.optimize(self._model, self._recipe, steps=self._steps, target="eager")
         self._exit.callback(api.restore, self._fast)
         try:

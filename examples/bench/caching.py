@@ -2,7 +2,7 @@
 
     python -m examples.bench.caching --model digits --out examples/bench/caching_digits.csv
     python -m examples.bench.caching --model digits --only ditopt,steps --levels 0.3,0.5
-    python -m examples.bench.caching --model digits --out examples/bench/caching_digits.csv --keep  # only what is missing
+    python -m examples.bench.caching --model digits --keep --out examples/bench/caching_digits.csv
 
 Every contestant samples the same requests (a shipped model, its own scheduler and guidance). Work is what torch's own
 counter sees executed, for all contestants alike, over one request, as a share of the plain model's. Error is the mean
@@ -314,10 +314,13 @@ def read(path: Path) -> list[Row]:
     """The rows of a table that ``write`` wrote."""
     with path.open(newline="") as file:
         return [
-            Row(d["model"], d["family"], d["name"], int(d["steps"]), float(d["share"]), float(d["psnr"]),
-                float(d["psnr_reference"]), d["error"])  # fmt: skip
+            Row(d["model"], d["family"], d["name"], int(d["steps"]), *_numbers(d), d["error"])
             for d in csv.DictReader(file)
         ]
+
+
+def _numbers(row: dict[str, str]) -> tuple[float, float, float]:
+    return float(row["share"]), float(row["psnr"]), float(row["psnr_reference"])
 
 
 def write(rows: Sequence[Row], path: Path | None, to: Any = None) -> None:

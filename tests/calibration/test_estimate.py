@@ -1,9 +1,10 @@
-"""Estimates from a recording against real runs of a loop whose outputs do not answer to errors: there they are exact."""
+"""Estimates from a recording against the errors of a loop whose outputs do not depend on the latent: exact there."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,16 +109,18 @@ def test_moves():
     assert moved("10010", 1) == ["10100", "10001"]
 
 
-class Loop:
-    """In the place of Trials: the loop above."""
-
-    decisions = {"cache0": ("model",)}
+class Loop(Trials):
+    """The loop above, without a model."""
 
     def __init__(self) -> None:
-        self.asked: list[str] = []
+        self.runs: list[str] = []
+
+    @property
+    def decisions(self):
+        return {"cache0": ("model",)}
 
     def __call__(self, masks, best=None):
-        self.asked.append(masks["cache0"])
+        self.runs.append(masks["cache0"])
         return Worth(error(masks["cache0"], 1), masks["cache0"].count("1") / STEPS, ())
 
 
@@ -127,8 +130,8 @@ def test_more_compute_is_never_worse():
         estimate, loop = Estimate.of(profile(), LINE), Loop()
         mask = refined(loop, estimate, list(estimate.chain(count).values()), count, most=200)
         assert mask.count("1") <= count
-        assert error(mask, 1) == min(error(m, 1) for m in loop.asked)
-        assert len(loop.asked) == len(set(loop.asked))
+        assert error(mask, 1) == min(error(m, 1) for m in loop.runs)
+        assert len(loop.runs) == len(set(loop.runs))
         found.append(error(mask, 1))
     assert found == sorted(found, reverse=True)
     assert found[-1] < found[0]
@@ -138,7 +141,7 @@ def test_runs_are_counted_and_the_result_is_the_same():
     runs = []
     for _ in range(2):
         estimate, loop = Estimate.of(profile(), LINE), Loop()
-        runs.append((refined(loop, estimate, list(estimate.chain(4).values()), 4, most=7), loop.asked))
+        runs.append((refined(loop, estimate, list(estimate.chain(4).values()), 4, most=7), loop.runs))
     assert runs[0] == runs[1]
     assert len(runs[0][1]) == 7
 
@@ -164,7 +167,7 @@ def test_a_trial_is_given_up_when_it_is_clearly_worse():
 
 
 def test_a_search_of_so_many_trials_is_the_same_each_time():
-    given = {"steps": 8, "seeds": [0, 1], "progress": False, "seconds": 0.0}
+    given: dict[str, Any] = {"steps": 8, "seeds": [0, 1], "progress": False, "seconds": 0.0}
     one, two = (
         ditopt.calibrate(tiny_sampler.model(), "searched{share=0.5,trials=5}", tiny_sampler.sample, **given)
         for _ in range(2)

@@ -20,9 +20,7 @@ EXACT = "canonicalize, outline_blocks, hoist_invariants"
 REGIONS = ("model", "latent")
 
 
-def search(
-    trials: Callable[[str], Trials], profile: Profile, parameters: Mapping[str, Value], seconds: float
-) -> str:
+def search(trials: Callable[[str], Trials], profile: Profile, parameters: Mapping[str, Value], seconds: float) -> str:
     """The schedule of least error among those found that execute at most ``share`` of the blocks' FLOPs.
 
     The search itself does not depend on ``share``: with the same number of trials, a higher share finds no worse one.

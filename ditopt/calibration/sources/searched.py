@@ -21,9 +21,7 @@ EXACT = "canonicalize, outline_blocks, hoist_invariants"
 REGIONS = ("model", "latent")
 
 
-def search(
-    trials: Callable[[str], Trials], profile: Profile, parameters: Mapping[str, Value], seconds: float
-) -> str:
+def search(trials: Callable[[str], Trials], profile: Profile, parameters: Mapping[str, Value], seconds: float) -> str:
     """The mask of least error among those that compute ``share`` of the steps, and the order that goes with it."""
     steps, region, most = profile.steps, str(parameters["region"]), int(parameters["trials"])
     count = max(2, round(float(parameters["share"]) * steps))
