@@ -26,7 +26,18 @@ from ditopt.ir.bands import Bands
 from ditopt.ir.binding import Binding, bind
 from ditopt.ir.edit import Editor, prune
 from ditopt.ir.half import Half, Lost
-from ditopt.ir.program import Basis, Decision, Formal, Function, Interval, Predictor, Program, Region, StateSlot, TensorType
+from ditopt.ir.program import (
+    Basis,
+    Decision,
+    Formal,
+    Function,
+    Interval,
+    Predictor,
+    Program,
+    Region,
+    StateSlot,
+    TensorType,
+)
 from ditopt.ir.reuse import Reuse, dense, guess
 from ditopt.ops import select
 from ditopt.pipeline import Context, Guidance, Outcome, Pass
@@ -91,7 +102,9 @@ class CacheGuidance(Pass):
 
     def run(self, program: Program, context: Context) -> Outcome:
         if self.mask and context.steps and len(self.mask) != context.steps:
-            raise RecipeError(f"mask has {len(self.mask)} steps, the request has {context.steps}: give one digit a step")
+            raise RecipeError(
+                f"mask has {len(self.mask)} steps, the request has {context.steps}: give one digit a step"
+            )
         if any(d.guidance for d in program.decisions):
             return Outcome(program, 0, ("guidance is cached already by an earlier pass",))
         asks = self.form != "calls" and "auto" in (self.form, self.unconditional)
@@ -129,7 +142,8 @@ class _Skipping:
         results = program.step.results[: program.step.n_results]
         self.outputs = [i for i, r in enumerate(results) if binding[r] & Binding.LATENT and r.op != "placeholder"]
         self.e = Editor(program.step, "cache_guidance")
-        predictor = Predictor("bands") if options.keep == "bands" else Predictor(options.predictor, options.order)
+        kept = Predictor(options.predictor, options.order)
+        predictor = {"bands": Predictor("bands"), "nothing": Predictor("none")}.get(options.keep, kept)
         self.reuse = Reuse(self.e, self.name, predictor)
         self.bands = Bands(self.e, self.name)
         self.shared: list[StateSlot] = []
@@ -157,7 +171,9 @@ class _Skipping:
         step, results = self.before.step, list(self.e.results)
         ruled = [d.name for d in self.before.decisions if d.rule is not None or d.gram]
         if ruled:
-            raise Lost(f"{ruled[0]} measures numbers of the whole batch, of which half is missing; use a static schedule")
+            raise Lost(
+                f"{ruled[0]} measures numbers of the whole batch, of which half is missing; use a static schedule"
+            )
         if self.o.held == "mean" and any(not s.type.dtype.is_floating_point for s in self.before.state):
             raise Lost("held=mean needs caches that store values as they are")
         sizes = {int(step.results[i].meta["val"].shape[0]) for i in self.outputs}
@@ -210,10 +226,10 @@ class _Skipping:
         decision = Decision(
             self.name,
             ("model",),
-            Interval(o.every, o.first, o.last, o.mask, o.since, o.until, o.outside),
+            Interval(o.every, o.first, o.last, o.mask, o.since, o.until, outside=o.outside),
             self.reuse.predictor,
             tuple(self.reuse.groups),
-            self.reuse.weights,
+            self.reuse.weights if self.reuse.groups else "",
             guidance=form,
         )
         return prune(

@@ -66,9 +66,7 @@ def choose_step(
     """Decide step ``now`` of a branch with ``memory``, by the schedules ``rules`` of the decisions. ``denied``: those
     about guidance that find none to skip."""
     decisions = ready.decisions
-    wanted = {
-        d.name: choose(rules[d.name], memory.anchors.get(d.name, ()), now.step, bool(d.slots)) for d in decisions
-    }
+    wanted = {d.name: choose(rules[d.name], memory.anchors.get(d.name, ()), now.step, now.time) for d in decisions}
     wanted |= {name: COMPUTE for name in denied if wanted[name] == REUSE}
     wanted = settle(decisions, wanted, memory.stale)
     wanted, courses, measured = _by_rules(decisions, wanted, memory.courses, read)
@@ -79,12 +77,12 @@ def choose_step(
     anchors, grams = dict(memory.anchors), dict(memory.grams)
     for d in decisions:
         before = anchors.get(d.name, ())
-        if d.row:
-            controls[d.row] = [_row(d, now.step)]
         controls[d.weights] = [0.0] * d.predictor.size
         if graph.choices.get(d.name) == REUSE and d.slots:
             if d.gram and grams.get(d.name, (-1, ()))[0] != before[0].step:
                 grams[d.name] = (before[0].step, _square(read([d.gram])[0]))
+            if d.row:
+                controls[d.row] = [_row(d, now.step)]
             gram = grams[d.name][1] if d.gram else ()
             controls[d.weights] = coefficients(d, d.predictor, before, now, ready.steps, gram)
         elif graph.choices.get(d.name, COMPUTE) == COMPUTE:

@@ -97,6 +97,8 @@ class Half:
                 half[node] = self._operator(node, e, known, half)
 
     def _operator(self, node: fx.Node, e: Editor, known: Known, half: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        args: Any
+        kwargs: Any
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda a: half.get(a, e[a]))
         if not any(_splits(known.get(a, ())) for a in data_operands(node)):
             return e.op(node.target, *args, region=str(node.meta["region"]), **kwargs)
@@ -259,7 +261,8 @@ def _reduces(node: fx.Node) -> set[int]:
     given = args[place] if len(args) > place else node.kwargs.get("dim", _DEFAULTS.get(node.target))
     if given is None or given == []:
         return set(range(ndim))
-    return {int(d) % ndim for d in (given if isinstance(given, (list, tuple)) else [given])}
+    listed: Any = given if isinstance(given, (list, tuple)) else [given]
+    return {int(d) % ndim for d in listed}
 
 
 def _splits(dims: Any) -> bool:

@@ -47,7 +47,9 @@ def test_a_step_without_the_unconditional_half_is_the_model_on_the_other_one(nam
 @pytest.mark.parametrize("target", ["inductor", "onnxruntime"])
 def test_compiled_targets_do_what_eager_does(target, form):
     model, _ = captured("plain")
-    recipe = "cache{region=blocks.1:-1,every=3}, " f"cache_guidance{{every=2,form={form},keep=bands,unconditional=first}}"
+    recipe = (
+        f"cache{{region=blocks.1:-1,every=3}}, cache_guidance{{every=2,form={form},keep=bands,unconditional=first}}"
+    )
     outputs, kinds = [], []
     for used in ("eager", target):
         fast = ditopt.optimize(model, recipe, steps=6, target=used)

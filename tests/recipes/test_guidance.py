@@ -201,13 +201,19 @@ def test_a_step_that_skips_runs_half_of_a_full_one(recipe, form):
 def test_neutral_settings_are_the_plain_model_bit_for_bit(recipe, form):
     fast = ditopt.optimize(model(), recipe, steps=3, target="eager")
     x = start(3)
-    with torch.no_grad(), pytest.warns(DitoptWarning, match="never reused"), fast.session(steps=3):
-        for t in TIMES[:3]:
-            calls = [(x, torch.full((2,), t), labels) for labels in (LABELS, FREE)]
-            if form == "batch":
-                calls = [(torch.cat([x, x]), torch.full((4,), t), torch.cat([FREE, LABELS]))]
-            for call in calls:
-                assert torch.equal(fast(*call), model()(*call))
+
+    @torch.no_grad()
+    def request() -> None:
+        with fast.session(steps=3):
+            for t in TIMES[:3]:
+                calls = [(x, torch.full((2,), t), labels) for labels in (LABELS, FREE)]
+                if form == "batch":
+                    calls = [(torch.cat([x, x]), torch.full((4,), t), torch.cat([FREE, LABELS]))]
+                for call in calls:
+                    assert torch.equal(fast(*call), model()(*call))
+
+    with pytest.warns(DitoptWarning, match="never reused"):
+        request()
 
 
 def test_the_order_of_the_halves_is_read_off_the_prompts_or_said():
@@ -229,9 +235,14 @@ def test_the_order_of_the_halves_is_read_off_the_prompts_or_said():
 
 def _warning(form: str, recipe: str, calls: Callable[[Any, torch.Tensor, float], None]) -> str:
     fast = ditopt.optimize(model(), recipe, steps=STEPS, target="eager")
-    with pytest.warns(DitoptWarning) as told, fast.session(steps=STEPS):
-        for t in TIMES:
-            calls(fast, start(0), t)
+
+    def request() -> None:
+        with fast.session(steps=STEPS):
+            for t in TIMES:
+                calls(fast, start(0), t)
+
+    with pytest.warns(DitoptWarning) as told:
+        request()
     assert fast.stats.hits == {}
     assert fast.stats.share_flops > 0.99
     return " ".join(str(w.message) for w in told)
