@@ -41,7 +41,8 @@ class Context:
     """What a pass may know besides the Program.
 
     ``target``: what will run the result, as ``ditopt.target.resolve`` gives it. ``steps``: steps of a request where
-    the caller knows them. ``guidance()``: what the first call shows of guidance. ``report``: called with a line of text where a pass has something slow to tell.
+    the caller knows them. ``guidance()``: what the first call shows of guidance. ``report``: called with
+    a line of text where a pass has something slow to tell.
     """
 
     target: str = "eager"

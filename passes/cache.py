@@ -87,7 +87,7 @@ class Cache(Pass):
             self._least(option, least)
         self._least("watch", 0)
         if self.every != -1:
-            self._least("every", 1 if self.signal == "none" else 0)
+            self._least("every", 0)
         if self.order and self.predictor not in _ORDERED:
             raise RecipeError(
                 f"cache{{order={self.order}}}: {self.predictor} has no order to choose; choose predictor=taylor, "

@@ -55,8 +55,8 @@ class CacheGuidance(Pass):
     ``keep``: what of earlier steps is kept; ``predictor``, ``order``: how a difference is predicted. ``form``: how the
     sampler guides, by "calls" or by a doubled "batch"; "auto" looks at the batch of the first call. ``unconditional``:
     which half of a batch that is; "auto" takes the half with one prompt for all of its samples where the other one has
-    several, else the first, as diffusers does. ``held``: what the conditional half of a batch reads of other caches that
-    hold both, its own or the "mean" (T-GATE).
+    several, else the first, as diffusers does. ``held``: what the conditional half of a batch reads of other caches
+    that hold both, its own or the "mean" (T-GATE).
     """
 
     every: int = 5
@@ -214,7 +214,9 @@ class _Skipping:
     def _state(self, node: fx.Node, held: fx.Node, half: Half) -> fx.Node:
         """New state for both halves of a batch, of which one step computes ``node`` for both or for one of them."""
         if node.target is select and node.args[1] is held:
-            return self.e.op(select, self._state(node.args[0], held, half), self.e[held], node.args[2])  # type: ignore[arg-type]
+            computed, _, decision = node.args
+            assert isinstance(computed, fx.Node)
+            return self.e.op(select, self._state(computed, held, half), self.e[held], decision)
         other, _ = half.parts(held, self.e[held])
         return self.e.op(select, self.e[node], half.join(held, other, half[node]), self.name)
 

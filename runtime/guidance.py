@@ -1,4 +1,4 @@
-"""Whether a request has guidance to skip: which call of a step came first, and whether a batch holds each latent twice."""
+"""Whether a request has guidance to skip: which call of a step came first; whether a batch holds each latent twice."""
 
 from __future__ import annotations
 

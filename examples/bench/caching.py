@@ -11,6 +11,7 @@ PSNR over samples to the plain samples of the same seed, and to a run of 200 ste
     steps          the plain model with fewer steps
     solver         the plain model with fewer steps of diffusers' multistep solvers
     ditopt         recipes
+    guidance       recipes that leave out a branch of guidance
     fitted         recipes of ditopt that are fitted, on other seeds than those they are judged by
     diffusers      its cache hooks, in a cache context
     cache-dit      where it is installed (pip install --no-deps cache-dit)
@@ -103,6 +104,15 @@ def recipes(full: int) -> Iterator[Contestant]:
     texts += [f"fora{{interval={n}}}" for n in (2, 3, 4)]
     for text in texts:
         yield Contestant("ditopt", text, full, optimized(text, full))
+
+
+def guidance(full: int) -> Iterator[Contestant]:
+    """Systems that leave out a branch of guidance: of what each step runs, half at most."""
+    texts = [f"cfg_cache{{interval={n}}}" for n in (2, 3, 5)]
+    texts += ["fastercache", "interval_guidance"]
+    texts += ["forecast, cache_guidance{every=3,first=2,predictor=taylor,order=1}"]
+    for text in texts:
+        yield Contestant("guidance", text, full, optimized(text, full))
 
 
 def fitted(levels: Sequence[float], full: int, sample: Any, trials: int) -> Iterator[Contestant]:
@@ -275,6 +285,7 @@ FAMILIES: dict[str, Callable[[Sequence[float], int], Iterator[Contestant]]] = {
     "steps": steps,
     "solver": solvers,
     "ditopt": lambda levels, full: recipes(full),
+    "guidance": lambda levels, full: guidance(full),
     "diffusers": lambda levels, full: diffusers_hooks(full),
     "cache-dit": lambda levels, full: cache_dit(full),
 }

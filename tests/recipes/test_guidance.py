@@ -271,3 +271,56 @@ def test_the_unconditional_branch_must_not_come_first():
                 fast(x, torch.full((2,), t), labels)
 
     assert "unconditional branch is called first" in _warning("calls", "interval_guidance", swapped)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tgate_against_hooks_on_the_model(form):
+    """From the gate on each cross-attention gives what it gave at the step before: the mean of both halves of a batch,
+    or of its own branch; and the unconditional output is the conditional one."""
+    from tests.tiny_models import ZOO
+
+    gate, steps, tiny = 3, 6, ZOO["pixart"]
+    plain, fast = (tiny.model() for _ in range(2))
+    fast = ditopt.optimize(fast, f"tgate{{gate={gate},form={form},unconditional=first}}", steps=steps, target="eager")
+    inputs = tiny.inputs()
+    x = inputs["hidden_states"][:1]
+    text, mask = inputs["encoder_hidden_states"], inputs["encoder_attention_mask"]
+    kept: dict[Any, torch.Tensor] = {}
+    now = {"step": 0, "branch": ""}
+
+    def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        key = (module, now["branch"])
+        if now["step"] >= gate:
+            held = kept[key]
+            return held.mean(0, keepdim=True).expand_as(output) if form == "batch" else held
+        kept[key] = output
+        return output
+
+    for block in plain.transformer_blocks:
+        block.attn2.register_forward_hook(hook)
+
+    def call(model: Any, rows: slice, t: int) -> torch.Tensor:
+        now["branch"] = str(rows)
+        n = len(text[rows])
+        return model(
+            hidden_states=x.expand(n, -1, -1, -1).contiguous(),
+            timestep=torch.full((n,), t),
+            encoder_hidden_states=text[rows],
+            encoder_attention_mask=mask[rows],
+            added_cond_kwargs=inputs["added_cond_kwargs"],
+            return_dict=False,
+        )[0]
+
+    with torch.no_grad(), fast.session(steps=steps):
+        for k in range(steps):
+            now["step"], t = k, 900 - 100 * k
+            if form == "batch":
+                (u, c), (u2, c2) = call(plain, slice(0, 2), t).chunk(2), call(fast, slice(0, 2), t).chunk(2)
+            else:
+                c, u = call(plain, slice(1, 2), t), call(plain, slice(0, 1), t)
+                c2, u2 = call(fast, slice(1, 2), t), call(fast, slice(0, 1), t)
+            u = c if k >= gate else u
+            torch.testing.assert_close(c2, c, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(u2, u, rtol=1e-3, atol=1e-4)
+            x = x - 0.3 * (u + SCALE * (c - u))[:, :4]
+    assert fast.stats.share_flops < 0.75

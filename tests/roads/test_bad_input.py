@@ -78,7 +78,7 @@ RECIPES = {
     "cach{every=2}": "no recipe and no pass is called 'cach'; did you mean 'cache'?",
     "taylorseer{intervall=3}": "has no parameter 'intervall'; did you mean 'interval'?",
     "cache{evry=2}": "cache has no option 'evry'; did you mean 'every'?",
-    "cache{every=0}": "expected 1 or more",
+    "cache{every=-2}": "expected 0 or more",
     "cache{every=two}": "expected a whole number, got 'two'",
     "cache{predictor=tailor}": "'tailor'",
     "cache{": "position 6: expected the name of an option of cache, found the end",
