@@ -1,8 +1,8 @@
 """Low and high frequencies of an image, by products with small constant matrices.
 
 FasterCache (arXiv 2410.19355) splits by a mask on the shifted two-dimensional Fourier transform: low is what lies
-within a fifth of the shorter side around frequency 0. Only these few frequencies are computed, so that no complex numbers and
-no transform are needed, which not every backend has.
+within a fifth of the shorter side around frequency 0. Only these few frequencies are computed, so that no complex
+numbers and no transform are needed, which not every backend has.
 """
 
 from __future__ import annotations

@@ -286,7 +286,7 @@ def test_tgate_against_hooks_on_the_model(form):
     x = inputs["hidden_states"][:1]
     text, mask = inputs["encoder_hidden_states"], inputs["encoder_attention_mask"]
     kept: dict[Any, torch.Tensor] = {}
-    now = {"step": 0, "branch": ""}
+    now: dict[str, Any] = {"step": 0, "branch": ""}
 
     def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         key = (module, now["branch"])
