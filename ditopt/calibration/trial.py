@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -69,8 +69,10 @@ class Trials:
         self._plain = [samples.detach().double() for samples in known]
         self._fast = api.optimize(self._model, self._recipe, steps=self._steps, target="eager")
         self._exit.callback(api.restore, self._fast)
+        self.module.engine.rescheduled = True
         try:
-            self._run(self._fast, self._seeds[0])  # captures
+            with _quiet():
+                self._run(self._fast, self._seeds[0])  # captures
             if not self.decisions:
                 raise BadInput(f"recipe {self._recipe!r} decides nothing on this model: there is nothing to search")
         except BaseException:
@@ -107,9 +109,7 @@ class Trials:
         module.engine.session.reschedule(masks)
         before = stats.block_flops, stats.full_block_flops
         each: list[float] = []
-        with torch.no_grad(), warnings.catch_warnings():
-            # a trial may well reuse nothing; that is for the search to see, not for the user to be warned of
-            warnings.filterwarnings("ignore", "cache .* was never reused", DitoptWarning)
+        with torch.no_grad(), _quiet():
             for seed, plain in zip(self._seeds, self._plain, strict=True):
                 made = self._run(self._fast, seed).detach().double()
                 squared = (made - plain).square().flatten(1).mean(1).tolist()
@@ -121,3 +121,11 @@ class Trials:
         module.engine.session.close_request()
         error = sum(each) / len(each) if len(each) == len(self._plain) else math.inf
         return Worth(error, executed / full if full else 1.0, tuple(each))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A trial may well reuse nothing; that is for the search to see, not for the user to be warned of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "cache .* was never reused", DitoptWarning)
+        yield
