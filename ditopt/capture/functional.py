@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ditopt._torch import HigherOrder, OpOverload, fake_mode_of, may_alias, pytree
+from ditopt._torch import HigherOrder, OpOverload, TorchDispatchMode, fake_mode_of, may_alias, pytree
 
 
 @dataclass(frozen=True)
