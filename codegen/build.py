@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from ditopt._torch import compile_graph
 from ditopt.artifact import Executable, Manifest, StepGraph
+from ditopt.codegen.sparse import install
 from ditopt.codegen.lower import Choices, Lowered, Lowering, lower, lower_memos
 from ditopt.codegen.onnx.export import export_artifact
 from ditopt.codegen.probe import NAME as PROBE
@@ -56,6 +57,7 @@ def build(program: Program, target: str, rows: Sequence[Choices] | None = None, 
     Graphs are compiled when they first run. Memo functions run eagerly: they run once a request or once a timestep,
     and in eager they are bit-equal to what the step would have computed.
     """
+    install(program)
     steps, memos = lower(program, rows), lower_memos(program)
     make = {"eager": eager, "inductor": inductor}[target]
     run = {s.graph.name: make(s) for s in steps} | {m.graph.name: eager(m) for m in memos}
