@@ -1,16 +1,14 @@
-"""Who runs which semantic operator, and why not somebody faster.
+"""Who runs block-sparse attention, and why.
 
-Backends are asked in order: Triton where the tensors are on a GPU, ONNX where the target is, torch last, which takes
-everything. On a GPU ``install`` makes the Triton kernels the operators' own implementations there.
+Triton where the tensors are on a GPU; else the listed blocks of keys are gathered, by torch operators or, for ONNX,
+written out. On a GPU ``install`` makes the Triton kernel the operator's own implementation.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -19,31 +17,20 @@ from ditopt.ir.program import Program
 from ditopt.ops import block_sparse_attention, select_blocks
 from ditopt.ops.block_sparse_attention import reference
 
-
-@dataclass(frozen=True)
-class Claim:
-    """``backend`` runs an operator by ``how``; ``refused``: what backends before it said."""
-
-    backend: str
-    how: str
-    refused: tuple[str, ...] = ()
+OPERATORS = (block_sparse_attention, select_blocks)
 
 
-def claim(node: fx.Node, target: str) -> Claim | None:
-    """Who runs ``node`` on ``target``; None where it is no operator that backends compete for."""
+def claim(node: fx.Node, target: str) -> tuple[Literal["kernel", "written out"], str]:
+    """How ``target`` runs one of OPERATORS, and the reason."""
+    onnx = target == "onnxruntime"
     if node.target is select_blocks:
-        how = "as plain operators" if target == "onnxruntime" else "by torch, as one call"
-        return Claim("onnx" if target == "onnxruntime" else "torch", how)
-    if node.target is not block_sparse_attention:
-        return None
+        return ("written out", "onnxruntime has TopK") if onnx else ("kernel", "one call of torch operators")
     why = _triton(node, target)
     if not why:
-        return Claim("triton", "one flash kernel over the lists")
-    if target == "onnxruntime":
-        how = "gathered key blocks, a part of the queries at a time: Gather, MatMul, Softmax, MatMul"
-        return Claim("onnx", how, (f"triton: {why}",))
-    products = "two products around a softmax" if node.meta["val"].dtype is torch.bfloat16 else "fused attention"
-    return Claim("torch", f"gathered key blocks, then {products}", (f"triton: {why}",))
+        return "kernel", "the Triton kernel walks over the lists (codegen/triton)"
+    if onnx:
+        return "written out", "Gather of key blocks, MatMul, Softmax, MatMul for a part of the queries at a time"
+    return "kernel", f"torch operators on gathered key blocks, for {why}"
 
 
 def _triton(node: fx.Node, target: str) -> str:
@@ -59,20 +46,6 @@ def _triton(node: fx.Node, target: str) -> str:
     from ditopt.codegen.triton.block_sparse_attention import refusal
 
     return refusal(args[0].meta["val"].shape[-1], args[2].meta["val"].shape[-1], args[7], args[8])
-
-
-def claims(program: Program, target: str) -> list[str]:
-    """A line for each kind of operator and claim."""
-    found: Counter[tuple[str, Claim]] = Counter()
-    for function in program.functions.values():
-        for node in function.graph.nodes:
-            made = claim(node, target) if node.op == "call_function" else None
-            if made is not None:
-                found[str(node.target).removesuffix(".default"), made] += 1
-    return [
-        f"{n} x {name}: {c.backend}, {c.how}" + (f" ({'; '.join(c.refused)})" if c.refused else "")
-        for (name, c), n in found.items()
-    ]
 
 
 def install(program: Program) -> None:

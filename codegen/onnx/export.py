@@ -27,6 +27,7 @@ from torch import Tensor, fx
 
 from ditopt.artifact import Manifest, StepGraph, read_manifest, to_json
 from ditopt.codegen.onnx import bfloat16
+from ditopt.codegen.onnx.quantized import fused_attention, translations
 from ditopt.codegen.onnx.repairs import (
     full_masks,
     plain_splits,
@@ -242,7 +243,16 @@ def _translate(module: fx.GraphModule, inputs: Sequence[Tensor], where: str) -> 
             for repair in (widen_half_sums, full_masks, true_squeezes, wide_indices):
                 repair(exported)
             # The exporter's optimizer drops additions of small numbers (1e-15 in linear attention): 0/0 at run time.
-            program = torch.onnx.export(exported, (), dynamo=True, optimize=False, opset_version=opset(), verbose=False)
+            number = opset()
+            program = torch.onnx.export(
+                exported,
+                (),
+                dynamo=True,
+                optimize=False,
+                opset_version=number,
+                custom_translation_table=translations(number),
+                verbose=False,
+            )
     except Exception as error:
         raise DitoptError(f"{where} cannot be translated to ONNX: {error}") from error
     model = program.model  # type: ignore[union-attr]
@@ -262,6 +272,7 @@ def _translate(module: fx.GraphModule, inputs: Sequence[Tensor], where: str) -> 
     model.graph.metadata_props.clear()
     plain_splits(model)
     runnable_wheres(model)
+    fused_attention(model)
     importlib.import_module("onnx_ir.passes.common").RemoveUnusedNodesPass()(model)
     return model
 

@@ -1,1 +1,1 @@
-"""Handwritten Triton kernels, one file each. Importing one imports triton."""
+"""Hand-written Triton kernels, one file for each operator. Importing one imports triton."""

@@ -34,6 +34,9 @@ from ditopt.runtime.session import Session
 WHOLE = ("model", "latent")
 """Regions that no pass has to find: what the model returns, and what it is given."""
 
+STREAMS = "streams"
+"""The streams behind each block, as they are: no selector says so, for a cache keeps what a block adds."""
+
 
 class Work:
     """One run over the seeds. ``regions``: what is still to be recorded. ``names``: the selectors recorded in it ->
@@ -71,7 +74,7 @@ class Recorder(Engine):
         history = PassManager(self.recipe, context).run(captured.program)
         outlined = history[-1].program
         chosen = _together(outlined, work.regions)
-        caches = Recipe(tuple(_neutral(r, s) for r, s in chosen.items() if r not in WHOLE))
+        caches = Recipe(tuple(step for r, s in chosen.items() if r not in WHOLE for step in _neutral(outlined, r, s)))
         for result in PassManager(caches, context).iterate(outlined):
             if not result.applied:
                 raise BadInput(f"nothing of {result.text} can be recorded: {'; '.join(result.refused)}")
@@ -105,25 +108,28 @@ def _together(program: Program, regions: Sequence[str]) -> dict[str, Selection |
             continue
         if "|" in region:
             raise RecipeError(f"region {region!r}: record alternatives as regions of their own")
-        (selection,) = select_regions(program, region)
+        (selection,) = select_regions(program, "blocks" if region == STREAMS else region)
         if not any(a == b or a.startswith(f"{b}.") or b.startswith(f"{a}.") for a in selection.ids for b in taken):
             chosen[region] = selection
             taken.update(selection.ids)
     return chosen
 
 
-def _neutral(region: str, selection: Selection | None) -> Step:
-    """The cache whose slots would take the values of ``region`` while every step computes."""
+def _neutral(program: Program, region: str, selection: Selection | None) -> list[Step]:
+    """The caches whose slots would take the values of ``region`` while every step computes."""
+    if region == STREAMS:
+        return [Step("cache", {"region": b.id, "every": 1, "residual": "no"}) for b in program.blocks()]
     run = selection is not None and selection.kind == "run"
-    return Step("cache", {"region": region, "every": 1, **({"residual": "yes"} if run else {})})
+    return [Step("cache", {"region": region, "every": 1, **({"residual": "yes"} if run else {})})]
 
 
 def _values(
     history: Sequence[PassResult], full: Lowered, chosen: Mapping[str, Selection | None]
 ) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
     """By name of a value the result of ``full`` that is it, and the names by selector."""
-    selectors = iter(r for r in chosen if r not in WHOLE)
-    owner = {group[0]: s for d, s in zip(history[-1].program.decisions, selectors, strict=True) for group in d.slots}
+    program = history[-1].program
+    selectors = iter(r for r in chosen if r not in WHOLE for _ in _neutral(program, r, chosen[r]))
+    owner = {group[0]: s for d, s in zip(program.decisions, selectors, strict=True) for group in d.slots}
     found: dict[str, int] = {}
     names: dict[str, list[str]] = {r: [] for r in chosen}
 
@@ -140,7 +146,8 @@ def _values(
             selection = chosen[selector]
             assert selection is not None
             block = _block(results[update.output])
-            add(selector, f"{block}.{selection.role}" if selection.kind == "modules" else selector, update.output)
+            inside = f"{block}.{selection.role}" if selection.kind == "modules" else selector
+            add(selector, block if selector == STREAMS else inside, update.output)
     if "model" in chosen:
         binding = bind(full.program)
         for i, value in enumerate(results[: full.graph.results]):
@@ -166,7 +173,7 @@ def _flops(
     known = {r.id: r.flops for r in program.regions} | {"model": step_flops(program)[0], "latent": 0}
     flops: dict[str, int] = {}
     for selector, selection in chosen.items():
-        if selection is not None and selection.kind == "run":
+        if selection is not None and selection.kind == "run" and selector != STREAMS:
             known[selector] = sum(known[i] for i in selection.ids)
         flops |= {name: known[name] for name in names[selector] if "/" not in name}
     return flops

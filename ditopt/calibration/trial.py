@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -50,8 +50,10 @@ class Trials:
             self._plain = [self._run(self._model, seed).detach().double() for seed in self._seeds]
         self._fast = api.optimize(self._model, self._recipe, steps=self._steps, target="eager")
         self._exit.callback(api.restore, self._fast)
+        self.module.engine.rescheduled = True
         try:
-            self._run(self._fast, self._seeds[0])  # captures
+            with _quiet():
+                self._run(self._fast, self._seeds[0])  # captures
             if not self.decisions:
                 raise BadInput(f"recipe {self._recipe!r} decides nothing on this model: there is nothing to search")
         except BaseException:
@@ -87,9 +89,7 @@ class Trials:
         module.engine.session.reschedule(masks)
         before = stats.block_flops, stats.full_block_flops
         errors: list[float] = []
-        with torch.no_grad(), warnings.catch_warnings():
-            # a trial may well reuse nothing; that is for the search to see, not for the user to be warned of
-            warnings.filterwarnings("ignore", "cache .* was never reused", DitoptWarning)
+        with torch.no_grad(), _quiet():
             for seed, plain in zip(self._seeds, self._plain, strict=True):
                 made = self._run(self._fast, seed).detach().double()
                 squared = (made - plain).square().flatten(1).mean(1)
@@ -98,3 +98,11 @@ class Trials:
         executed, full = stats.block_flops - before[0], stats.full_block_flops - before[1]
         module.engine.session.close_request()
         return Worth(sum(errors) / len(errors), executed / full if full else 1.0)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A trial may well reuse nothing; that is for the search to see, not for the user to be warned of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "cache .* was never reused", DitoptWarning)
+        yield

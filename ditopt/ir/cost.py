@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ditopt._torch import int_mm
 from ditopt.ir.program import Function, Program, callee, is_call
-from ditopt.ops import attention, block_sparse_attention, linear_attention, select_blocks
+from ditopt.ops import attention, block_sparse_attention, int8_linear, linear_attention, packed_linear, select_blocks
 from ditopt.ops.block_sparse_attention import blocks
 from ditopt.ops.call_module import BODIES, call_module
 
@@ -31,6 +32,14 @@ def _matmul(node: fx.Node) -> int:
 
 def _addmm(node: fx.Node) -> int:
     return 2 * math.prod(_shape(node)) * _shape(node.args[1])[-1]
+
+
+def _int8_linear(node: fx.Node) -> int:
+    return 2 * math.prod(_shape(node)) * _shape(node.args[2])[-1]
+
+
+def _packed_linear(node: fx.Node) -> int:
+    return 2 * math.prod(_shape(node)) * _shape(node.args[0])[-1]
 
 
 def _convolution(node: fx.Node) -> int:
@@ -129,6 +138,9 @@ _COUNT: dict[Any, Callable[[fx.Node], int]] = {
     aten.conv_transpose2d.input: _transposed,
     aten.conv_transpose3d.input: _transposed,
     aten.scaled_dot_product_attention.default: _attention,
+    int_mm: _matmul,
+    int8_linear: _int8_linear,
+    packed_linear: _packed_linear,
     call_module: _module,
     attention: _attention,
     linear_attention: _linear_attention,

@@ -65,8 +65,8 @@ class _Side:
 
 
 class Sparsify:
-    """Works on ``program``; ``auto``: the grid chooses the tile; ``grid``: of tokens whose grid the graph does not show.
-    ``refused`` and ``notes`` are for the Outcome."""
+    """Works on ``program``; ``auto``: the grid chooses the tile; ``grid``: of tokens whose grid the graph does not
+    show. ``refused`` and ``notes`` are for the Outcome."""
 
     def __init__(self, program: Program, attn: SparseAttn, auto: bool, grid: Grid, origin: str) -> None:
         self.program = program

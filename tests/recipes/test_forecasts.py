@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.recipes.oracle import DEPTH, STEPS, Array, Case, Parts, Step, agrees, exact, run
+from tests.recipes.oracle import DEPTH, STEPS, Array, Case, Step, agrees, exact, parts, run
 
 
 class Hermite:
@@ -111,7 +111,7 @@ def _full(k: int, interval: int, first: int) -> bool:
 
 def on_modules(make: Callable[[], Any], interval: int, first: int) -> Step:
     """Every attention and MLP output forecast before its gate."""
-    p, told = Parts(), {(part, i): make() for part in ("attention", "mlp") for i in range(DEPTH)}
+    p, told = parts(), {(part, i): make() for part in ("attention", "mlp") for i in range(DEPTH)}
 
     def step(k: int, x: Array, t: float) -> tuple[list[str], Array]:
         h, full = p.begin(x, t), _full(k, interval, first)
@@ -130,7 +130,7 @@ def on_modules(make: Callable[[], Any], interval: int, first: int) -> Step:
 
 def on_run(make: Callable[[], Any], interval: int, first: int) -> Step:
     """What all blocks add forecast."""
-    p, told = Parts(), make()
+    p, told = parts(), make()
 
     def step(k: int, x: Array, t: float) -> tuple[list[str], Array]:
         h = p.begin(x, t)
