@@ -22,7 +22,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _step(q, k, v, bias, keep, best, total, acc):
+def _step(q, k, v, bias, keep, best, total, acc):  # type: ignore[no-untyped-def]
     """One block of keys: scores in base 2, running maximum, sum and result."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") + bias[None, :]
     scores = tl.where(keep[None, :], scores, float("-inf"))
@@ -36,7 +36,7 @@ def _step(q, k, v, bias, keep, best, total, acc):
 
 
 @triton.jit
-def _tile(P, rows, inside, stride_row, stride_col, COLS: tl.constexpr, WIDTH: tl.constexpr):
+def _tile(P, rows, inside, stride_row, stride_col, COLS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     """(rows, WIDTH) of a matrix with COLS columns; zeros outside."""
     cols = tl.arange(0, WIDTH)
     at = P + rows.to(tl.int64)[:, None] * stride_row + cols[None, :] * stride_col
@@ -44,7 +44,7 @@ def _tile(P, rows, inside, stride_row, stride_col, COLS: tl.constexpr, WIDTH: tl
 
 
 @triton.jit
-def block_sparse_attention_kernel(
+def block_sparse_attention_kernel(  # type: ignore[no-untyped-def]
     Q, K, V, INDEX, COUNT, MASK, OUT, LSE,
     q_batch, q_head, q_row, q_col, k_batch, k_head, k_row, k_col, v_batch, v_head, v_row, v_col,
     i_batch, i_head, i_row, c_batch, c_head, m_batch, m_head, m_col,
