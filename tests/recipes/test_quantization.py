@@ -148,8 +148,8 @@ def test_refused_recipes(model, recipe, said):
     ],
 )
 def test_refused_on_a_model_is_a_sentence_and_leaves_it_alone(model, recipe, said):
+    fast = ditopt.optimize(model, recipe, target="eager")
     with pytest.warns(ditopt.errors.DitoptWarning, match="changed nothing"):
-        fast = ditopt.optimize(model, recipe, target="eager")
         found = fast(**call())["sample"]
     refused = [s for r in fast.history if r.name == "quantize" for s in r.refused]
     assert any(said in s for s in refused)
