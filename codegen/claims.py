@@ -101,7 +101,7 @@ def claimed(program: Program, target: str) -> Program:
 
 
 def with_kernels(program: Program) -> Program:
-    """``program``, for whose operators on a GPU the Triton kernels are in place. MissingExtra where there is no Triton."""
+    """``program``; where it computes on a GPU, with the Triton kernels in place. MissingExtra without Triton."""
     nodes = [n for f in program.functions.values() for n in f.graph.nodes if n.target is int8_linear]
     if any(n.meta["val"].device.type == "cuda" for n in nodes):
         require("triton", None)

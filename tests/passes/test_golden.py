@@ -1,8 +1,9 @@
 """Golden text: what each pass makes of a small program, as a file to read and to review.
 
-A file holds ``# RUN: <recipe>`` (``# RUN within <error>: <recipe>`` for one that rounds), a program, ``# ----``, the program after the recipe (``# unchanged`` where it is),
-and what the last pass said: ``# applied: n`` and ``# refused: <sentence>`` lines. ``pytest --update-golden`` rewrites
-the second half of each; a new file needs the RUN line and a program.
+A file holds ``# RUN: <recipe>`` (``# RUN within <error>: <recipe>`` for one that rounds), a program, ``# ----``, the
+program after the recipe (``# unchanged`` where it is), and what the last pass said: ``# applied: n`` and
+``# refused: <sentence>`` lines. ``pytest --update-golden`` rewrites the second half of each; a new file needs the RUN
+line and a program.
 """
 
 from __future__ import annotations
