@@ -54,7 +54,9 @@ class SelectTokens(Pass):
 
     def validate(self) -> None:
         if not 0 < self.ratio <= 1:
-            raise RecipeError(f"select_tokens{{ratio={self.ratio}}}: expected a share above 0 and at most 1 (all tokens)")
+            raise RecipeError(
+                f"select_tokens{{ratio={self.ratio}}}: expected a share above 0 and at most 1 (all tokens)"
+            )
         for option, least in (("multiple", 1), ("first", 1), ("every", 0), ("last", 0)):
             if getattr(self, option) < least:
                 raise RecipeError(f"select_tokens{{{option}={getattr(self, option)}}}: expected {least} or more")
@@ -62,8 +64,8 @@ class SelectTokens(Pass):
             raise RecipeError(f"select_tokens{{high={self.high}}}: expected a share from 0 to 1")
         if not all(re.fullmatch(r"\d+|\d+(\.\d+)?%", word) for word in self.resets.split()):
             raise RecipeError(
-                f"select_tokens{{resets={self.resets}}}: expected steps such as '12 22', or shares of the request such as "
-                "'40% 73%'"
+                f"select_tokens{{resets={self.resets}}}: expected steps such as '12 22', or shares of the request such "
+                "as '40% 73%'"
             )
         if set(self.mask) - {"0", "1"}:
             raise RecipeError(
@@ -89,7 +91,9 @@ class SelectTokens(Pass):
     def run(self, program: Program, context: Context) -> Outcome:
         before = [d.name for d in program.decisions if d.slots]
         if before:
-            return Outcome(program, 0, (f"{before[0]} keeps values of all tokens already: select tokens once, then cache",))
+            return Outcome(
+                program, 0, (f"{before[0]} keeps values of all tokens already: select tokens once, then cache",)
+            )
         if self.mask and context.steps and len(self.mask) != context.steps:
             raise RecipeError(
                 f"mask has {len(self.mask)} steps, the request has {context.steps}: give one digit a step"
@@ -99,7 +103,9 @@ class SelectTokens(Pass):
             return Outcome(program, 0, (f"a request of {context.steps} steps has no other than {dense}: give fewer",))
         selections = select_regions(program, self.region)
         if any(s.kind != "run" for s in selections):
-            raise RecipeError(f"select_tokens{{region={self.region}}}: name a run of blocks, such as blocks or blocks.2:-2")
+            raise RecipeError(
+                f"select_tokens{{region={self.region}}}: name a run of blocks, such as blocks or blocks.2:-2"
+            )
         blocks = [b for s in selections for b in s.blocks]
         try:
             scoring = Scoring(self.metric, self.starvation, self.high, self.share)

@@ -213,8 +213,8 @@ class Choosing:
         region = f"{block}.{self.name}"
         made = e.call(part.name, args, values, at, region)
         n = len(body.results)
-        for whole, twin, place in zip(full[:n], made[:n], part.places, strict=True):
-            self.short.twins[whole] = twin, place
+        for whole, twin, where in zip(full[:n], made[:n], part.places, strict=True):
+            self.short.twins[whole] = twin, where
         for kept, new, ref in zip(full[n:], made[n:], part.kept, strict=True):
             chosen = e.op(select, kept, new, self.name, at=made[-1].next)
             for d in self.before.decisions:  # where the block is left out, so are its keys and values
@@ -320,7 +320,9 @@ def _entry(program: Program, span: Span) -> tuple[fx.Node, Stream]:
         raise Mixes(f"{first.meta['region']} has no stream of the latent whose tokens could be chosen")
     stream = max(known, key=lambda s: s.tokens)
     if len(stream.axes) != 1:
-        raise Mixes(f"the tokens of {first.meta['region']} lie in {len(stream.axes)} dimensions of its stream, not in one")
+        raise Mixes(
+            f"the tokens of {first.meta['region']} lie in {len(stream.axes)} dimensions of its stream, not in one"
+        )
     body = program.functions[callee(first)]
     at = next(i for i, p in enumerate(body.placeholders) if formal(p).ref == stream.formal)
     return call_args(first)[at], stream
