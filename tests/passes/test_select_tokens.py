@@ -1,4 +1,4 @@
-"""Token selection on real classes: by structure alone, exact where all tokens are chosen, half the work for half of them.
+"""Token selection on real classes: by structure alone, exact where all tokens run, half the work for half of them.
 
 What RAS computes is checked in tests/recipes/test_ras.py; here, that it applies to models of all kinds, and refuses
 those whose tokens meet outside of attention.
