@@ -102,8 +102,8 @@ def schedule(interval: Interval, steps: int | None, name: str = "cache") -> Sche
         )
     if "%" in interval.resets and steps is None:
         raise SessionError(
-            f"decision {name!r} computes at shares of the request ({interval.resets}), and the number of steps is unknown; "
-            "pass steps= to optimize or open a session with steps="
+            f"decision {name!r} computes at shares of the request ({interval.resets}), and the number of steps is "
+            "unknown; pass steps= to optimize or open a session with steps="
         )
     if interval.last and steps is None and interval.every != 1:
         warnings.warn(
