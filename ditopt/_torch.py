@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._guards import detect_fake_mode
+from torch._ops import HigherOrderOperator as HigherOrder
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -26,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "HigherOrder",
     "OpOverload",
     "TorchDispatchMode",
     "compile_graph",
@@ -38,6 +40,7 @@ __all__ = [
     "invoke_subgraph",
     "is_fake",
     "is_unbacked",
+    "may_alias",
     "pytree",
     "weightless",
     "whole_lists",
@@ -91,6 +94,12 @@ def fixed_size(size: int | torch.SymInt) -> int | None:
         found: int | None = size.node.maybe_as_int()
         return found
     return size
+
+
+def may_alias(op: OpOverload) -> bool:
+    """Whether ``op`` is composite and returns a view of its operand for some operands or all."""
+    named = torch.Tag.maybe_aliasing_or_mutating in op.tags
+    return bool((named or any(a.alias_info for a in op._schema.arguments)) and op._can_decompose())
 
 
 def weightless() -> FakeTensorMode:

@@ -70,23 +70,27 @@ class Shelves:
     # -- putting away and bringing back --------------------------------------------------------------------------------
 
     def put(self, manifests: Sequence[Manifest], weights: Mapping[str, Tensor]) -> int:
-        """Put away the weights that only memo functions of ``manifests`` read; how many."""
-        inside = {f.ref for m in manifests for g in _steps(m) for f in g.inputs if f.kind == "param"}
-        outside = {f.ref for m in manifests for g in m.memo_graphs for f in g.inputs if f.kind == "param"} - inside
+        """Put away the weights that no step of ``manifests`` reads: only memo functions do, or nothing, where blocks
+        are left out; the latter go for good under ``free``. Returns how many."""
+        read = {f.ref for m in manifests for g in _steps(m) for f in g.inputs if f.kind == "param"}
+        filled = {f.ref for m in manifests for g in m.memo_graphs for f in g.inputs if f.kind == "param"} - read
         live = dict(self.model.named_parameters(remove_duplicate=False))
-        shared = {live[n].untyped_storage().data_ptr() for n in inside if n in live}
-        names = [
-            n
-            for n in sorted(outside)
-            if n in live
-            and weights.get(n) is live[n]
-            and live[n].is_contiguous()
-            and live[n].untyped_storage().data_ptr() not in shared
-        ]
+        held = {live[n].untyped_storage().data_ptr() for n in read if n in live}
+        idle, names = [], []
+        for name in sorted(live):
+            storage = live[name].untyped_storage().data_ptr()
+            unread = name not in read and name not in filled
+            if storage in held or not live[name].is_contiguous() or not (unread or weights.get(name) is live[name]):
+                continue
+            held.add(storage)  # a weight with two names goes once
+            names.append(name)
+            idle += [name] if unread else []
         for name in names:
             self._away[name] = _Weight(live[name])
         if names and self._guard is None:
             self._guard = self.model.register_forward_pre_hook(self._refuse, prepend=True)
+        if self.mode == "free":
+            self.free(idle)
         return len(names)
 
     def _refuse(self, *_: Any) -> None:

@@ -22,9 +22,8 @@ class _Row:
     values: dict[str, Tensor] = field(default_factory=dict)
 
     def put(self, memo: Memo, values: Sequence[Tensor]) -> None:
-        """Values are read by their own name or by their number in the memo."""
+        """Values are read by their own names."""
         self.values.update(zip(memo.values, values, strict=True))
-        self.values.update({f"{memo.name}.{k}": v for k, v in enumerate(values)})
 
 
 def hoisted(

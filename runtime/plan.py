@@ -13,14 +13,15 @@ from ditopt.artifact import Plan, StepGraph
 from ditopt.errors import DitoptWarning, SessionError
 from ditopt.ir.program import Interval, TensorType
 from ditopt.runtime.memo import Memos
-from ditopt.runtime.policy import Schedule, fit, schedule
+from ditopt.runtime.policy import Schedule, fit, schedule, schedule_of
 
 _AGAIN = "optimize the model again for these inputs"
 
 
 class Ready:
     """``decisions``: those of the manifest, or rescheduled; ``names``: input names by role; ``graphs``: step and memo
-    graphs by name; ``models``: slots that outlive requests; ``lasting``: their values; ``reads_time``: whether every
+    graphs by name; ``models``: slots that outlive requests; ``lasting``: their values; ``shared``: slots that the first
+    call of a step writes for the others; ``guides``: decisions about guidance; ``reads_time``: whether every
     call has to read the timestep; ``steps``: of the request whose ``rules`` were asked last."""
 
     def __init__(self, plan: Plan) -> None:
@@ -32,6 +33,8 @@ class Ready:
         for i in plan.manifest.inputs:
             self.names[i.role].append(i.name)
         self.models = {s.name for s in plan.manifest.state if s.lifetime == "model"}
+        self.shared = {s.name for s in plan.manifest.state if s.lifetime == "step"}
+        self.guides = [d for d in plan.manifest.decisions if d.guidance]
         self.lasting: dict[str, Tensor] = {}
         self._variants = list(plan.manifest.graphs)
         self.reads_time = self.memos.reads_time() or any(
@@ -39,6 +42,7 @@ class Ready:
             for d in plan.manifest.decisions
             for p in (d.predictor, *([d.rule.predictor] if d.rule else []))
         )
+        self.reads_time = self.reads_time or any(d.schedule.timed for d in plan.manifest.decisions)
         self._controls = {name: t for d in plan.manifest.decisions for name, t in d.controls.items()}
         self._types = {s.name: s.type for s in plan.manifest.state}
         self._rules: dict[int | None, dict[str, Schedule]] = {}
@@ -47,12 +51,18 @@ class Ready:
         self._device: torch.device | None = None
         self._control: dict[tuple[str, tuple[float, ...], torch.device], Tensor] = {}
 
-    def reschedule(self, masks: Mapping[str, str]) -> None:
-        """Follow these masks, by decision, in place of the schedules that the model was compiled with."""
+    def check_masks(self, masks: Mapping[str, str]) -> None:
+        """SessionError where these masks, by decision, cannot be followed."""
         unknown = set(masks) - {d.name for d in self.manifest.decisions}
         if unknown:
             known = ", ".join(d.name for d in self.manifest.decisions) or "none"
             raise SessionError(f"there is no decision {', '.join(sorted(unknown))}; there are: {known}")
+        for name, mask in masks.items():
+            schedule(Interval(mask=mask), len(mask), name)
+
+    def reschedule(self, masks: Mapping[str, str]) -> None:
+        """Follow these masks, by decision, in place of the schedules that the model was compiled with."""
+        self.check_masks(masks)
         self.decisions = tuple(
             replace(d, schedule=Interval(mask=masks[d.name])) if d.name in masks else d for d in self.manifest.decisions
         )
@@ -94,7 +104,7 @@ class Ready:
         planned = self.manifest.steps or max((len(d.schedule.mask) for d in self.decisions), default=0) or None
         self.steps = declared or planned
         if self.steps not in self._rules:
-            made = {d.name: schedule(d.schedule, self.steps, d.name) for d in self.decisions}
+            made = {d.name: schedule_of(d, self.steps) for d in self.decisions}
             if declared and planned and declared != planned and made:
                 warnings.warn(
                     f"this request runs {declared} steps and the model was optimized for {planned}: the schedule was "
@@ -110,9 +120,9 @@ class Ready:
         found = fit(wanted, self._variants)
         if self.plan.more is not None and dict(found.choices) != dict(wanted):
             made = self.plan.more(wanted)
-            if made not in self._variants:
+            if made is not None and made not in self._variants:
                 self._variants.append(made)
-            return made
+            return made or found
         return found
 
     def warn_late(self, step: int) -> None:

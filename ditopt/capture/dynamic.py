@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
 from ditopt._torch import FakeTensorMode, fixed_size, flex_attention, guards_of
+from ditopt.capture.functional import Functional, append
 from ditopt.capture.graph import Untraceable, formals, line_of
 from ditopt.capture.spec import CallSpec
 
@@ -76,9 +77,11 @@ class Template:
         graph.output(graph.graph_copy(exported.graph, {}))
         return Template(spec.names, graph, exported.graph_signature, constants, guards_of(exported), axes)
 
-    def at(self, model: nn.Module, spec: CallSpec, tensors: Sequence[Tensor], weights: Collection[str] = ()) -> Static:
+    def at(
+        self, model: nn.Module, spec: CallSpec, tensors: Sequence[Tensor], weights: Collection[str] = ()
+    ) -> Functional:
         """The graph for the signature of ``spec``. Mismatch where it would not be the model's."""
-        static = Static(fx.Graph(), self.graph_signature, self.constants, {})
+        static = Functional(fx.Graph(), self.graph_signature, self.constants, {})
         placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
         given, params = formals(model, self, spec, tensors, weights)
         by_name = dict(zip(spec.names, tensors, strict=True))
@@ -134,16 +137,6 @@ class Template:
         return f"{said} (fixed by the model's code: {', '.join(fixed)})" if fixed else said
 
 
-@dataclass(frozen=True)
-class Static:
-    """What a specialised graph has of an ExportedProgram."""
-
-    graph: fx.Graph
-    graph_signature: Any
-    constants: Mapping[str, Tensor]
-    state_dict: Mapping[str, Tensor]
-
-
 def in_words(guard: str, names: Sequence[str]) -> str:
     """A guard with the names of the model's arguments."""
     return re.sub(r"L\['tensors'\]\[(\d+)\]\.size\(\)", lambda m: f"{names[int(m[1])]}.shape", guard)
@@ -172,23 +165,11 @@ def _agree(node: fx.Node, name: str, tensor: Tensor) -> None:
 
 
 def _specialise(node: fx.Node, graph: fx.Graph, values: dict[fx.Node, Any]) -> None:
-    """Append ``node`` to ``graph`` with numbers for symbols; what computes a size is computed here and leaves no
-    node."""
-    if str(node.target).startswith("aten._assert_tensor_metadata"):
-        return
-    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-    given, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
     try:
-        value = node.target(*given, **named)  # type: ignore[operator]
+        append(node, graph, values)
     except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise Mismatch(f"the graph does not fit this shape{line_of(node)}: {said}") from error
-    if not isinstance(value, (Tensor, tuple, list)):
-        values[node] = value
-        return
-    new = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
-    new.meta = {**node.meta, "val": value}
-    values[node] = new
 
 
 def _axes_text(axes: Sequence[int]) -> str:

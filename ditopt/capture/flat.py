@@ -22,6 +22,7 @@ from ditopt.offload import keep_shared, strip
 def shared_copy(model: nn.Module) -> nn.Module:
     """A deep copy of the module structure around the same tensors, without the offload hooks of accelerate."""
     kept: dict[int, Any] = {**keep_shared(model), **{id(t): t for t in [*model.parameters(), *model.buffers()]}}
+    kept.update({id(v): v for module in model.modules() for v in vars(module).values() if is_fake(v)})
     twin = copy.deepcopy(model, kept)
     strip(twin)
     for module in twin.modules():

@@ -13,7 +13,7 @@ from ditopt._torch import OpOverload, is_unbacked
 from ditopt.capture import where
 from ditopt.capture.spec import CallSpec
 from ditopt.errors import CaptureError
-from ditopt.ir.edit import drop_dead
+from ditopt.ir.edit import drop_dead, prune
 from ditopt.ir.program import Formal, Function, Input, Program, Role, TensorType
 
 
@@ -61,15 +61,14 @@ def to_program(
         guess=bool(weights),  # a graph from Dynamo may be a piece of a model, with names that say nothing
     )
     inputs = tuple(Input(n, r, TensorType.of(t)) for (n, t), r in zip(free, found, strict=True))
-    used = {n.meta["formal"].ref for n in graph.nodes if n.op == "placeholder" and n.meta["formal"].kind == "param"}
     program = Program(
         functions={"step": Function("step", graph)},
         entry="step",
-        params={k: v for k, v in params.items() if k in used},
+        params=params,
         inputs=inputs,
         outputs=tuple(f"out{i}" for i in range(len(results))),
     )
-    return program.replace(functions={"step": drop_dead(program.step, "capture")})
+    return prune(program.replace(functions={"step": drop_dead(program.step, "capture")}))
 
 
 def formals(

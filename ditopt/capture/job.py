@@ -13,6 +13,7 @@ from ditopt._torch import is_fake
 from ditopt.capture import flex, where
 from ditopt.capture.aside import forgetful, quiet
 from ditopt.capture.flat import Flat, Packing
+from ditopt.capture.functional import functionalised, is_functional
 from ditopt.capture.graph import Untraceable, refuse_symbols, to_program
 from ditopt.capture.guard import Guard
 from ditopt.capture.spec import CallSpec
@@ -75,18 +76,21 @@ class Job:
         return self.program(exported, more()), lowered
 
     def program(self, exported: Any, more: int = 0) -> Program:
-        """The Program of a functional graph without symbols."""
+        """The Program of what ``exported`` or ``dynamic`` gives, without symbols."""
+        if is_functional(exported.graph):
+            exported = functionalised(exported)
         return to_program(self.model, exported, self.spec, self.tensors, self.roles, self.weights, more)
 
     def exported(self, module: nn.Module, dynamic_shapes: Any = None) -> Any:
-        """The functional ExportedProgram of ``module``, called with the tensors. Untraceable where tracing stops."""
+        """The ExportedProgram of ``module``, called with the tensors: nothing in it writes in place. Untraceable where
+        tracing stops."""
         try:
             with quiet(), forgetful(), torch.no_grad():
                 exported = torch.export.export(
                     module, distinct(self.tensors), strict=False, dynamic_shapes=dynamic_shapes
                 )
                 refuse_symbols(self.name, exported.graph)
-                return exported.run_decompositions({})
+                return exported if is_functional(exported.graph) else exported.run_decompositions({})
         except Untraceable:
             raise
         except Exception as error:

@@ -11,8 +11,9 @@ the pass that made it. Nothing is retraced, so no node loses its metadata.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import fx
 
 from ditopt._torch import fake_mode_of, invoke_subgraph
-from ditopt.ir.program import Formal, Function, Program, TensorType, call_args, callee, formal, is_call
+from ditopt.ir.program import Formal, Function, Memo, Program, TensorType, call_args, callee, formal, is_call
 
 __all__ = ["Editor", "drop_dead", "fake_of", "inline", "prune"]
 
@@ -149,20 +150,32 @@ def prune(program: Program) -> Program:
     """
     used = {program.entry} | {callee(n) for n in program.calls()}
     read = {formal(p).ref for p in program.step.placeholders if formal(p).kind == "memo"}
-    memos = []
+    memos, known = [], dict(program.functions)
     for memo in reversed(program.memos):
         if read & set(memo.values):
+            memo, known[memo.function] = _wanted(memo, known[memo.function], read)
             memos.append(memo)
             used.add(memo.function)
-            used |= {callee(n) for n in program.functions[memo.function].graph.nodes if is_call(n)}
-            read |= {formal(p).ref for p in program.functions[memo.function].placeholders if formal(p).kind == "memo"}
-    functions = {k: f for k, f in program.functions.items() if k in used}
+            used |= {callee(n) for n in known[memo.function].graph.nodes if is_call(n)}
+            read |= {formal(p).ref for p in known[memo.function].placeholders if formal(p).kind == "memo"}
+    functions = {k: f for k, f in known.items() if k in used}
     params = {formal(p).ref for f in functions.values() for p in f.placeholders if formal(p).kind == "param"}
     return program.replace(
         functions=functions,
         params={k: v for k, v in program.params.items() if k in params},
         memos=tuple(reversed(memos)),
     )
+
+
+def _wanted(memo: Memo, function: Function, read: Collection[str]) -> tuple[Memo, Function]:
+    """``memo`` and its function with those of its values that are among ``read``."""
+    keep = [i for i, v in enumerate(memo.values) if v in read]
+    if len(keep) == len(memo.values):
+        return memo, function
+    with Editor(function, "prune") as e:
+        e.set_results([e.results[i] for i in keep])
+        e.drop_dead()
+    return dataclasses.replace(memo, values=tuple(memo.values[i] for i in keep)), e.function()
 
 
 def inline(program: Program, function: str | None = None) -> Function:

@@ -19,11 +19,13 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Module:
-    """A residual branch of a block: ``role`` and the value that leaves it, before the gate."""
+    """A residual branch of a block: ``role`` and the value that leaves it, before the gate. ``attention``: the products
+    in it that mix tokens, which another branch may share."""
 
     role: str
     output: fx.Node
     nodes: frozenset[fx.Node]
+    attention: frozenset[fx.Node] = frozenset()
 
 
 def find_modules(body: Function, binding: Mapping[fx.Node, Binding]) -> list[Module]:
@@ -36,11 +38,12 @@ def find_modules(body: Function, binding: Mapping[fx.Node, Binding]) -> list[Mod
     modules: list[Module] = []
     assigned: set[fx.Node] = set()
     for branch in find_branches(body, binding, reach):
-        output = _before_gate(branch.value, binding)
+        output = before_gate(branch.value, binding)
         if all(output is not m.output for m in modules):
             # with what only the branch needs of prompt and timestep (keys of the text, shift and scale)
             nodes = set(reach.members(reach.above[reach.place[output]] & _own(branch.inside, reach)))
-            modules.append(Module("attn" if branch.attends else "mlp", output, frozenset(nodes - assigned)))
+            role, attention = "attn" if branch.attends else "mlp", frozenset(reach.members(branch.attention))
+            modules.append(Module(role, output, frozenset(nodes - assigned), attention))
             assigned |= nodes
     return modules
 
@@ -55,7 +58,14 @@ def _own(inside: int, reach: Reach) -> int:
     return inside
 
 
-def _before_gate(value: fx.Node, binding: Mapping[fx.Node, Binding]) -> fx.Node:
+def name_of(output: fx.Node) -> str:
+    """What the region of the module with this output is called inside its block, with the kind of attention:
+    ``attn.cross``."""
+    return str(output.meta.get("region", "")).removeprefix(".")
+
+
+def before_gate(value: fx.Node, binding: Mapping[fx.Node, Binding]) -> fx.Node:
+    """What a branch computes before a gate that does not depend on the latent."""
     while value.target in CASTS:
         value = value.args[0]  # type: ignore[assignment]
     if value.target is aten.mul.Tensor:
@@ -67,7 +77,8 @@ def _before_gate(value: fx.Node, binding: Mapping[fx.Node, Binding]) -> fx.Node:
 
 
 def stream_origins(body: Function, binding: Mapping[fx.Node, Binding]) -> list[int | None]:
-    """For each result of a body: the formal whose stream it continues by residual adds and casts, or None."""
+    """For each result of a body: the formal whose stream it continues by residual adds, casts and clips to what its
+    dtype can hold (as models do in float16), or None."""
     origin: dict[fx.Node, int] = {p: i for i, p in enumerate(body.placeholders) if binding[p] & VARIES}
     for node in body.graph.nodes:
         operands = [a for a in node.args if isinstance(a, fx.Node)]
@@ -76,9 +87,20 @@ def stream_origins(body: Function, binding: Mapping[fx.Node, Binding]) -> list[i
                 if old in origin and other not in origin and _same_shape(old, node):
                     origin[node] = origin[old]
                     break
-        elif node.target in CASTS and operands and operands[0] in origin:
+        elif (node.target in CASTS or saturates(node)) and operands and operands[0] in origin:
             origin[node] = origin[operands[0]]
     return [origin.get(r) for r in body.results]
+
+
+def saturates(node: fx.Node) -> bool:
+    """Whether a node clips its operand to the range of its dtype, which leaves finite numbers alone."""
+    if node.target not in (aten.clamp.default, aten.clip.default) or len(node.args) < 3:
+        return False
+    dtype = node.meta["val"].dtype
+    low, high = node.args[1:3]
+    if not dtype.is_floating_point or not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
+        return False
+    return low <= torch.finfo(dtype).min and high >= torch.finfo(dtype).max
 
 
 def rejoined(node: fx.Node) -> fx.Node | None:

@@ -4,6 +4,7 @@ Importing this package registers them as ``torch.ops.ditopt.*``.
 """
 
 from ditopt.ops.attention import attention
+from ditopt.ops.block_sparse_attention import block_sparse_attention
 from ditopt.ops.call_module import call_module
 from ditopt.ops.int8_linear import int8_linear
 from ditopt.ops.linear_attention import linear_attention
@@ -12,9 +13,11 @@ from ditopt.ops.norm_quantize import norm_quantize
 from ditopt.ops.packed_linear import packed_linear
 from ditopt.ops.quantize import dequantize, quantize
 from ditopt.ops.select import select
+from ditopt.ops.select_blocks import select_blocks
 
 __all__ = [
     "attention",
+    "block_sparse_attention",
     "call_module",
     "dequantize",
     "int8_linear",
@@ -24,4 +27,5 @@ __all__ = [
     "packed_linear",
     "quantize",
     "select",
+    "select_blocks",
 ]
