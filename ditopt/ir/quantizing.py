@@ -107,17 +107,16 @@ def _layers(
     calls: int,
 ) -> Iterator[Layer]:
     """The layers of a body that ``scheme`` is for; what it cannot do goes to ``out.refused``."""
-    if "*" in kept:
-        return
     why: Counter[str] = Counter()
     for node in body.graph.nodes:
         found = layer(node)
         if found is None or binding[found.weight] != Binding.CONSTANT or not binding[found.x] & Binding.LATENT:
             continue
-        role = str(node.meta["region"]).removeprefix(".")
-        if role not in scheme.policy.roles or role in kept:
-            continue
         out.of += calls * flops(node)
+        module = str(node.meta["region"]).removeprefix(".")  # such as attn.joint
+        role = module.partition(".")[0]
+        if role not in scheme.policy.roles or {"*", role, module} & {*kept}:
+            continue
         reason = _why_not(found, scheme)
         if reason:
             why[reason] += 1
