@@ -261,8 +261,8 @@ class System:
     """A recipe file: a published system as data. ``passes`` is recipe text with ``{parameter}`` in it.
 
     ``calibration`` names what fits the system to a model (a file of ditopt/calibration/sources); such a system may have
-    no ``passes``, and then can only be used through ``ditopt.calibrate``. ``needs``: why the system cannot be used, where
-    that is so: what it asks for and ditopt lacks, in a sentence.
+    no ``passes``, and then can only be used through ``ditopt.calibrate``. ``needs``: of a system that cannot be used, what it
+    asks for and ditopt lacks, in a sentence.
     """
 
     name: str
@@ -331,19 +331,8 @@ class System:
 
 
 _PARAMETER = re.compile(r"\{(\w+)\}")
-_KEYS = {
-    "name",
-    "title",
-    "source",
-    "seed",
-    "claim",
-    "contract",
-    "notes",
-    "passes",
-    "parameters",
-    "calibration",
-    "needs",
-}
+_TEXTS = ("title", "source", "seed", "claim", "calibration", "needs")
+_KEYS = {"name", "contract", "notes", "passes", "parameters", *_TEXTS}
 _PARAMETER_KEYS = {"default", "doc", "aliases", "min", "max", "choices"}
 
 
@@ -360,7 +349,7 @@ def _system(text: str, where: str) -> System:
     for key in ("name", "passes"):
         if not isinstance(data.get(key, "" if key == "passes" and fitted else None), str):
             raise RecipeError(f"{where}: the field {key} (text) is missing")
-    for key in ("title", "source", "seed", "claim", "calibration", "needs"):
+    for key in _TEXTS:
         if not isinstance(data.get(key, ""), str):
             raise RecipeError(f"{where}: the field {key} is text, not {data[key]!r}")
     notes = data.get("notes", [])
