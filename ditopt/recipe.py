@@ -261,8 +261,8 @@ class System:
     """A recipe file: a published system as data. ``passes`` is recipe text with ``{parameter}`` in it.
 
     ``calibration`` names what fits the system to a model (a file of ditopt/calibration/sources); such a system may have
-    no ``passes``, and then can only be used through ``ditopt.calibrate``. ``needs``: of a system that cannot be used, what it
-    asks for and ditopt lacks, in a sentence.
+    no ``passes``, and then can only be used through ``ditopt.calibrate``. ``needs``: what ditopt lacks for a
+    system that cannot be used, in a sentence.
     """
 
     name: str
