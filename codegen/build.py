@@ -12,12 +12,14 @@ from torch import Tensor, fx
 
 from ditopt._torch import compile_graph
 from ditopt.artifact import Executable, Manifest, StepGraph
-from ditopt.codegen.lower import Choices, Lowered, Lowering, lower, lower_memos
+from ditopt.codegen.claims import claimed, with_kernels
+from ditopt.codegen.lower import Lowered, Lowering, lower, lower_memos
 from ditopt.codegen.onnx.export import export_artifact
 from ditopt.codegen.probe import NAME as PROBE
+from ditopt.codegen.variants import Choices, combinations
 from ditopt.errors import DitoptError
 from ditopt.ir.edit import inline
-from ditopt.ir.opening import opened
+from ditopt.ir.opening import opened, spelled
 from ditopt.ir.program import Program
 from ditopt.ops.call_module import calls
 
@@ -28,7 +30,7 @@ class Built:
 
     manifest: Manifest
     run: dict[str, Executable]
-    more: Callable[[Mapping[str, str]], StepGraph] | None
+    more: Callable[[Mapping[str, str]], StepGraph | None] | None
 
 
 def describe(program: Program, variants: Sequence[Lowered], memos: Sequence[Lowered], **more: Any) -> Manifest:
@@ -56,33 +58,35 @@ def build(program: Program, target: str, rows: Sequence[Choices] | None = None, 
     Graphs are compiled when they first run. Memo functions run eagerly: they run once a request or once a timestep,
     and in eager they are bit-equal to what the step would have computed.
     """
-    steps, memos = lower(program, rows), lower_memos(program)
+    program = with_kernels(claimed(program, target))
+    made = combinations(program) if rows is None else list(rows)
+    # any further combination may come: each is made when it does
+    free = target == "eager" and rows is None and len(made) < 2 ** len(program.decisions)
+    lowering = Lowering(program, None if free else made)
+    steps, memos = lower(program, made, lowering), lower_memos(program)
     make = {"eager": eager, "inductor": inductor}[target]
     run = {s.graph.name: make(s) for s in steps} | {m.graph.name: eager(m) for m in memos}
     manifest = describe(program, steps, memos, target=target, **more)
-    return Built(manifest, run, _on_demand(program, manifest, run) if target == "eager" else None)
+    return Built(manifest, run, _on_demand(lowering, manifest, run) if target == "eager" else None)
 
 
 def _on_demand(
-    program: Program, manifest: Manifest, run: dict[str, Executable]
-) -> Callable[[Mapping[str, str]], StepGraph]:
-    """Makes further step graphs of an eager plan when a step first asks for their choices."""
-    rows = [g.choices for g in manifest.graphs]
-    given = {s.name for s in manifest.state}
-    given |= {u.slot for u in manifest.probe.updates} if manifest.probe is not None else set()
+    lowering: Lowering, manifest: Manifest, run: dict[str, Executable]
+) -> Callable[[Mapping[str, str]], StepGraph | None]:
+    """Makes further step graphs of an eager plan when a step first asks for their choices; None for those that read
+    what no graph so far keeps."""
+    given = {u.slot for u in manifest.probe.updates} if manifest.probe is not None else set()
+    given |= {s.name for s in manifest.state}
 
     @functools.cache
-    def lowering() -> Lowering:
-        return Lowering(program, rows)
-
-    def more(choices: Mapping[str, str]) -> StepGraph:
-        made = lowering().variant(choices)
+    def one(choices: tuple[tuple[str, str], ...]) -> StepGraph | None:
+        made = lowering.variant(dict(choices))
         if not {f.ref for f in made.graph.inputs if f.kind in ("carry", "state")} <= given:
-            return manifest.graphs[0]
+            return None
         run[made.graph.name] = eager(made)
         return made.graph
 
-    return more
+    return lambda choices: one(tuple(sorted(choices.items())))
 
 
 def export(
@@ -93,7 +97,7 @@ def export(
     **more: Any,
 ) -> Manifest:
     """Write ``program`` as ONNX files beside ``path`` (codegen/onnx/export.py)."""
-    program = opened(program)
+    program = claimed(spelled(opened(program)), "onnxruntime")
     refuse_modules(program, "become ONNX")
     lowered = [*lower(program, rows), *lower_memos(program)]
     split = len(lowered) - len(program.memos)

@@ -8,8 +8,7 @@ value becomes a rename (no output, no copy).
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +17,12 @@ from torch import fx
 from ditopt.artifact import StepGraph, Update
 from ditopt.codegen.probe import NAME as PROBE
 from ditopt.codegen.probe import Split, split
+from ditopt.codegen.variants import Choices, combinations
 from ditopt.ir.cost import function_flops, step_flops
 from ditopt.ir.edit import Editor, prune
 from ditopt.ir.opening import opened
 from ditopt.ir.program import Formal, Function, Program, call_args, callee, formal, is_call
 from ditopt.ops import select
-
-Choices = Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -35,30 +33,13 @@ class Lowered:
     program: Program
 
 
-def combinations(program: Program, most: int = 8) -> list[Choices]:
-    """The combinations of choices worth a graph, everything computed first, then most reuse first.
-
-    All of them where they are at most ``most``; else the all-compute and all-reuse rows and those that reuse all but
-    one or only one. A row that has no graph of its own runs as one that computes more.
-    """
-    if 2 ** len(program.decisions) > most:
-        names = [d.name for d in program.decisions]
-        full: Choices = dict.fromkeys(names, "compute")
-        most_of: list[Choices] = [{**dict.fromkeys(names, "reuse"), n: "compute"} for n in names]
-        few: list[Choices] = [full, dict.fromkeys(names, "reuse"), *({**full, n: "reuse"} for n in names)]
-        return [*few, *most_of][:most]
-    names = [d.name for d in program.decisions]
-    rows = [dict(zip(names, c, strict=True)) for c in itertools.product(("compute", "reuse"), repeat=len(names))]
-    rows.sort(key=lambda r: sum(v == "reuse" for v in r.values()), reverse=True)
-    full = rows.pop()
-    return [full, *rows]
-
-
 class Lowering:
     """The step graphs of a Program. State that none of ``rows`` (choices) reads is not kept: where a stream matters
-    only through what is skipped (the text stream of joint attention), nothing of it has to be remembered."""
+    only through what is skipped (the text stream of joint attention), nothing of it has to be remembered. With ``rows``
+    None any choices may come."""
 
-    def __init__(self, program: Program, rows: Sequence[Choices]) -> None:
+    def __init__(self, program: Program, rows: Sequence[Choices] | None) -> None:
+        self.free = rows is None
         program = opened(program)  # no backend claims attention
         self._parts = split(program)
         rest = program if self._parts is None else self._parts.rest
@@ -79,13 +60,14 @@ class Lowering:
         return _probe(self._parts, self._parts.carried if used is None else used) if self._parts is not None else None
 
 
-def lower(program: Program, rows: Iterable[Choices] | None = None) -> list[Lowered]:
+def lower(program: Program, rows: Iterable[Choices] | None = None, lowering: Lowering | None = None) -> list[Lowered]:
     """One step graph for each row of choices (default: ``combinations``), then the probe where there is one. The first
-    row computes everything."""
+    row computes everything. ``lowering``: where graphs of further rows will be made by it."""
     wanted = combinations(program) if rows is None else list(rows)
-    made = Lowering(program, wanted)
+    made = Lowering(program, wanted) if lowering is None else lowering
     variants = [made.variant(row) for row in wanted]
-    probe = made.probe({f.ref for v in variants for f in v.graph.inputs if f.kind == "carry"})
+    used = {f.ref for v in variants for f in v.graph.inputs if f.kind == "carry"}
+    probe = made.probe(None if made.free else used)
     return [*variants, *([probe] if probe is not None else [])]
 
 
@@ -100,23 +82,33 @@ def _probe(parts: Split, used: Collection[str]) -> Lowered:
     return Lowered(graph, decided)
 
 
-def live_state(program: Program, rows: Sequence[Choices], host: Collection[str] = ()) -> set[str]:
-    """The slots that some row reads, to compute an output or another slot that is read, and those that the host, or the
-    probe for it, reads."""
+def live_state(program: Program, rows: Sequence[Choices] | None, host: Collection[str] = ()) -> set[str]:
+    """The slots that some row (None: any) reads, to compute an output or another slot that is read, and those that the
+    host, or the probe for it, reads."""
     live: set[str] = set(host)
     while True:
         kept = _with_state(program, live)
-        found = set()
-        for row in rows:
-            step = _decided(kept, row).step
-            new = zip(step.results[step.n_results :], step.state_out, strict=True)
-            moved = {*step.results[: step.n_results], *(r for r, slot in new if not _holds(r, slot))}
-            state = [p for p in step.placeholders if formal(p).kind == "state"]
-            read = [p for p in state if p in moved or set(p.users) - {step.output}]
-            found |= {formal(p).ref for p in read}
+        made = [_trim_calls(kept)] if rows is None else [_decided(kept, row) for row in rows]
+        found = set().union(*(_reads(p.step) for p in made))
         if found <= live:
             return live
         live |= found
+
+
+def _reads(step: Function) -> set[str]:
+    """The slots that a step reads, other than to leave them as they are."""
+    new = dict(zip(step.state_out, step.results[step.n_results :], strict=True))
+    found = set()
+    for p in (p for p in step.placeholders if formal(p).kind == "state"):
+        slot = formal(p).ref
+        idle = {step.output}
+        own = new.get(slot)
+        if own is not None and own.target is select and own.args[1] is p and own.args[0] is not p:
+            idle.add(own)  # undecided: where the step reuses it stays
+        moved = p in step.results[: step.n_results] or any(r is p for s, r in new.items() if s != slot)
+        if moved or set(p.users) - idle:
+            found.add(slot)
+    return found
 
 
 def _holds(node: fx.Node, slot: str) -> bool:

@@ -111,13 +111,14 @@ class Plan:
     """A manifest with its executables: what a Session runs. ``params()`` gives the current weights by name (they may be
     empty where graphs carry their own). ``stale()`` is asked once a request, after the weights that memos read were
     looked at: whether weights that the graphs carry have changed since in the model they were copied from. ``more``
-    makes a step graph for further choices, adding its executable to ``run``, where that costs next to nothing."""
+    makes a step graph for further choices, adding its executable to ``run``, where that costs next to nothing; None
+    where it would read what the others do not keep."""
 
     manifest: Manifest
     run: Mapping[str, Executable]
     params: Callable[[], Mapping[str, Tensor]] = dict
     stale: Callable[[], bool] = bool
-    more: Callable[[Mapping[str, str]], StepGraph] | None = None
+    more: Callable[[Mapping[str, str]], StepGraph | None] | None = None
 
 
 def to_json(manifest: Manifest) -> str:

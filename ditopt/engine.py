@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ditopt.artifact import Manifest, Plan
 from ditopt.capture import CallSpec, Captured, Captures, bind, by_name
 from ditopt.codegen.build import build, export
+from ditopt.codegen.variants import MOST, choices_of, pick, worth
 from ditopt.errors import BadInput, DitoptWarning, SessionError, StaleWeights
 from ditopt.fitted import UNKNOWN, Fitted, guidance_text, latent_text, model_text, scheduler_text
 from ditopt.ir.cost import step_flops
@@ -34,13 +35,13 @@ from ditopt.release import Release, Shelves
 from ditopt.release import check as check_release
 from ditopt.runtime.load import load_onnx
 from ditopt.runtime.memo import fingerprint
-from ditopt.runtime.policy import distinct, table
+from ditopt.runtime.policy import distinct, table, wanted_sets
 from ditopt.runtime.session import Session
 from ditopt.target import resolve
 from ditopt.valid import Valid, notice
 
-VARIANTS = 8
-"""Step graphs that are compiled of one program; eager ones cost next to nothing and are not counted."""
+HORIZON = 64
+"""Steps by which the combinations of a schedule are found where nobody said how many there will be."""
 
 SIGNATURES = 4
 """Captured signatures that an Engine keeps; the least recently used gives way."""
@@ -95,6 +96,7 @@ class Engine:
         self._count = 0
         self._given: dict[str, Tensor] = {}
         self._place = _place(model)
+        self.rescheduled = False  # whether the session will follow other schedules than those of the recipe
         self._captured: _Snapshot | None = None
         self._seen: int | None = None  # the request in which the model was last compared with what was captured
         self.scheduler: Callable[[], Any] = lambda: None
@@ -204,7 +206,8 @@ class Engine:
         more = describe_for(captured, history, self.recipe, self.steps)
         if self.target == "onnxruntime":
             return self._exported(captured, history, program, more)
-        made = build(program, self.target, variants(program, self.target, self.steps), **more)
+        rows = None if self.rescheduled else variants(program, self.target, self.steps)
+        made = build(program, self.target, rows, **more)
         if self.shelves.mode != "keep":
             made.run.update(self.shelves.executables(program, made.manifest, self.session.unwatch))
         weights = self._weights_of(program.params)
@@ -384,24 +387,31 @@ def _complain(history: Sequence[PassResult]) -> None:
 
 
 def variants(program: Program, target: str, steps: int | None) -> list[Mapping[str, str]] | None:
-    """The combinations of choices that requests of ``steps`` steps take, each to become a step graph, where that is
-    known beforehand; else None. A DitoptWarning where there are more than ``target`` gets graphs for."""
-    lengths = {len(d.schedule.mask) for d in program.decisions if d.schedule.mask}
+    """The combinations of choices that requests of ``steps`` steps take, each to become a step graph; None where
+    ``target`` makes any that come, or all. A DitoptWarning where there are more than ``target`` gets graphs for."""
+    decisions = program.decisions
+    lengths = {len(d.schedule.mask) for d in decisions if d.schedule.mask}
     known = steps or (lengths.pop() if len(lengths) == 1 else None)
-    if known is None or not program.decisions or any(d.rule is not None for d in program.decisions):
+    full: Mapping[str, str] = {d.name: "compute" for d in decisions}
+    if known is not None and decisions and not any(d.rule is not None for d in decisions):
+        rows = distinct(decisions, known)
+        kept = [full, *(r for r in rows if r != full)]
+        if target == "eager" or len(kept) <= MOST:
+            return kept
+    elif target == "eager" or 2 ** len(decisions) <= MOST or (known is None and lengths):
         return None
-    full: Mapping[str, str] = {d.name: "compute" for d in program.decisions}
-    rows = distinct(program.decisions, known)
-    kept = [full, *(r for r in rows if r != full)]
-    if target != "eager" and len(kept) > VARIANTS:
-        kept = kept[:VARIANTS]
+    if known is None:  # the last steps only compute more
+        decisions = tuple(replace(d, schedule=replace(d.schedule, last=0)) for d in decisions)
+    sets = wanted_sets(decisions, known or HORIZON)
+    count = len({frozenset[str](), *sets})
+    if count > MOST:
         warnings.warn(
-            f"the schedule has {len(rows)} different steps and target {target!r} gets {VARIANTS} compiled ones: steps "
-            "without one of their own run one that computes more",
+            f"steps may take {count} combinations of what is computed and what is reused, and target {target!r} gets "
+            f"{MOST} compiled ones: the others run one that computes more",
             DitoptWarning,
             stacklevel=6,
         )
-    return kept
+    return choices_of(list(full), pick(sets, worth(program), MOST))
 
 
 def describe_for(
@@ -434,10 +444,11 @@ def _constants(spec: CallSpec) -> dict[str, Any]:
 def schedule_of(
     program: Program, manifest: Manifest, steps: int, timesteps: Sequence[float] | None
 ) -> list[dict[str, Any]]:
-    """The static schedule as data: for each step the graph to run and the predictors' coefficients."""
+    """The static schedule as data: for each step the graph to run, and the numbers of its control inputs."""
     rows = []
     for row in table(program.decisions, steps, timesteps, manifest.graphs):
         graph = next(g for g in manifest.graphs if dict(g.choices) == dict(row.choices))
-        weights = {d.weights: list(row.weights[d.name]) for d in program.decisions if d.weights}
+        weights: dict[str, list[float]] = {d.weights: list(row.weights[d.name]) for d in program.decisions if d.weights}
+        weights |= {d.row: [row.step] for d in program.decisions if d.row}
         rows.append({"graph": graph.name, "weights": weights})
     return rows

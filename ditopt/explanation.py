@@ -9,9 +9,11 @@ from torch import fx
 
 from ditopt.artifact import StepGraph
 from ditopt.codegen.lower import lower, lower_memos
+from ditopt.codegen.probe import NAME as PROBE
 from ditopt.ir.binding import Binding, bind
 from ditopt.ir.cost import flops, step_flops
-from ditopt.ir.program import Program, Region, StateSlot, Stream, TensorType, formal
+from ditopt.ir.program import Decision, Program, Region, Rule, StateSlot, Stream, TensorType, formal
+from ditopt.ir.signals import SIGNALS
 from ditopt.ir.sites import AttentionSite, attention_sites
 from ditopt.pipeline import PassResult
 
@@ -21,8 +23,8 @@ NEVER = "constant"
 
 def explanation(program: Program, history: Sequence[PassResult], target: str, capture: Sequence[str]) -> str:
     """How the model was captured (the notes of ``capture``); inputs, structure, attention, binding times and costs of
-    ``program`` (as captured, before any pass); what each pass of ``history`` applied and refused; which graphs
-    ``target`` runs for the last of them."""
+    ``program`` (as captured, before any pass); what each pass of ``history`` applied and refused; of the last Program,
+    what is decided each step and how, and which graphs ``target`` runs."""
     final = history[-1].program if history else program
     outlined = next((r.program for r in history if r.program.blocks()), program)
     parts = [
@@ -32,6 +34,7 @@ def explanation(program: Program, history: Sequence[PassResult], target: str, ca
         ("Attention", _attention(outlined)),
         ("Binding times (what a value depends on)", _binding(program)),
         ("Passes", _passes(history)),
+        ("Decisions", [line for d in final.decisions for line in decision_text(d)] or ["none"]),
         (f"Graphs on {target}", _graphs(final, target)),
         ("State", _state(final)),
     ]
@@ -124,6 +127,61 @@ def _simple(kind: Binding) -> Binding:
     if kind & Binding.LATENT:
         return Binding.LATENT
     return kind & ~Binding.SHAPE if kind & (Binding.PROMPT | Binding.TIMESTEP) else kind
+
+
+# -- decisions ---------------------------------------------------------------------------------------------------------
+
+
+def decision_text(d: Decision) -> list[str]:
+    """What a decision is about, when it computes, and by which number and rule it reuses: a line each."""
+    p = d.predictor
+    order = f" of order {p.order}" if p.order else ""
+    told = "reused as it was" if p.basis == "hold" else f"predicted by {p.basis}{order}"
+    if p.basis != "hold" and p.time == "timestep":
+        told += " along the timestep"
+    if d.row:
+        told += f", corrected by a table of {_number(d.rows, 'step')}"
+    where = d.regions[0]
+    if len(d.regions) > 1:
+        where = f"{_number(len(d.regions), 'region')}, {where} .. {d.regions[-1]}"
+    lines = [f"{d.name}: {where}; {told}", f"  computes {_schedule_text(d)}"]
+    if d.gram:
+        lines.append("  the host reads inner products of the kept values after a computed step")
+    return lines if d.rule is None else [*lines, *(f"  {line}" for line in _rule_text(d.rule))]
+
+
+def _schedule_text(d: Decision) -> str:
+    i = d.schedule
+    if i.mask:
+        return f"where the mask is 1: {i.mask}"
+    parts = ["the first step" if i.first < 2 else f"the first {i.first} steps"]
+    parts += [f"then one step in {i.every}"] if i.every else []
+    parts += ["the last step" if i.last == 1 else f"the last {i.last} steps"] if i.last else []
+    return ", ".join(parts)
+
+
+def _rule_text(rule: Rule) -> list[str]:
+    meaning = " ".join((SIGNALS[rule.kind].__doc__ or "").split("\n\n")[0].split()) if rule.kind in SIGNALS else ""
+    when = "left by an earlier step" if rule.lag else "measured by the step itself, in the graph probe"
+    shape = f", clamped to {rule.domain[0]:g} .. {rule.domain[1]:g}" if rule.domain else ""
+    if rule.polynomial:
+        shape += f", put through the polynomial {' '.join(f'{c:g}' for c in rule.polynomial)} (highest degree first)"
+    book = ", ".join(f"below {bound:g}: {steps:g}" for bound, steps in rule.book)
+    test = {
+        "below": f"reuses while it is below {rule.limit:g}",
+        "sum": f"reuses while its sum since the last computed step is below {rule.limit:g}",
+        "book": f"reuses by the book of steps ({book})",
+    }[rule.test]
+    guards = [
+        f"at most {rule.longest} in a row" if rule.longest else "",
+        f"at most {rule.most} in a request" if rule.most else "",
+        f"at most a sum of {rule.budget:g} over reused steps" if rule.budget else "",
+    ]
+    return [
+        f"on the other steps the host reads signal {rule.kind or rule.signal} ({when}){shape}",
+        *([f"signal {rule.kind}: {meaning}"] if meaning else []),
+        f"and {', '.join([test, *filter(None, guards)])}",
+    ]
 
 
 # -- sections ----------------------------------------------------------------------------------------------------------
@@ -265,11 +323,11 @@ def _graphs(program: Program, target: str) -> list[str]:
     """The claim table: each graph, who runs it, and what it reads and executes."""
     memos = target if target == "onnxruntime" else "eager"  # they run once a value, so they are not compiled
     runs = [(v.graph, target) for v in lower(program)] + [(m.graph, memos) for m in lower_memos(program)]
-    full = max(runs[0][0].flops, 1)
+    full = max(sum(g.flops for g, _ in runs if g.name in (runs[0][0].name, PROBE)), 1)  # they run together
     lines = [["graph", "runs on", "inputs", "state", "FLOPs", "", "weights read"]]
     for g, where in runs:
         kinds = [f.kind for f in g.inputs]
-        given, slots = sum(k in ("input", "memo", "control") for k in kinds), kinds.count("state")
+        given, slots = sum(k in ("input", "memo", "control", "carry") for k in kinds), kinds.count("state")
         work = [f"{count(g.flops)}FLOP", f"{g.flops / full:.1%}", size(weight_bytes(program, g))]
         lines.append([g.name, where, str(given), str(slots), *work])
     return _columns(lines, right=(2, 3, 4, 5, 6))

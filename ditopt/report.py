@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ditopt.artifact import Manifest
 from ditopt.errors import BadInput
-from ditopt.explanation import count, role_flops, size, weight_bytes
+from ditopt.explanation import count, decision_text, role_flops, size, weight_bytes
 from ditopt.ir.program import Program
 from ditopt.measure import Row, cells
 from ditopt.optimized import OptimizedModule
@@ -179,7 +179,8 @@ def _schedule(fast: OptimizedModule) -> str:
 def _model(name: str, fast: OptimizedModule) -> str:
     compiled = fast.compiled
     body = f"<p class=recipe><code>{_e(fast.engine.recipe)}</code></p>"
-    body += _passes(compiled.history) + _costs(compiled.program, compiled.plan.manifest, fast)
+    manifest = compiled.plan.manifest
+    body += _passes(compiled.history) + _decisions(manifest, fast) + _costs(compiled.program, manifest, fast)
     return f"<section><details><summary><h2>{_e(name)}</h2></summary>{body}</details></section>\n"
 
 
@@ -209,6 +210,27 @@ def _diff(text: str) -> str:
     return "\n".join(out)
 
 
+def _decisions(manifest: Manifest, fast: OptimizedModule) -> str:
+    """What is decided each step, by what, and what the host read to do so."""
+    if not manifest.decisions:
+        return ""
+    last = fast.engine.session.measured
+    out = []
+    for d in manifest.decisions:
+        first, *rest = decision_text(d)
+        if d.rule is not None:
+            rest.append(_read(fast.stats.measured[d.name], last.get(d.name, [])))
+        out.append(f"<li>{_e(first)}<ul>{''.join(f'<li>{_e(line.strip())}</li>' for line in rest)}</ul></li>")
+    return f"<h3>Decisions</h3><ul>{''.join(out)}</ul>"
+
+
+def _read(times: int, last: Sequence[float]) -> str:
+    said = f"the host read it {times} times"
+    if not last:
+        return said
+    return f"{said}; in the last request {len(last)} times, between {min(last):.3g} and {max(last):.3g}"
+
+
 def _costs(program: Program, manifest: Manifest, fast: OptimizedModule) -> str:
     stats = fast.stats
     full = max(manifest.full_flops, 1)
@@ -216,7 +238,7 @@ def _costs(program: Program, manifest: Manifest, fast: OptimizedModule) -> str:
     for g in manifest.every_graph:
         memo = next((m for m in manifest.memos if m.function == g.name), None)
         runs = "each step" if memo is None else "once a request" if memo.lifetime == "request" else "once a timestep"
-        ran = str(stats.graphs[g.name]) if memo is None else ""
+        ran = str(stats.calls if g is manifest.probe else stats.graphs[g.name]) if memo is None else ""
         lines.append([g.name, runs, ran, count(g.flops), f"{g.flops / full:.1%}", size(weight_bytes(program, g))])
     state = sum(s.type.nbytes for s in manifest.state)
     said = [

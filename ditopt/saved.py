@@ -79,6 +79,7 @@ def load(path: str | Path, *, target: str = "auto") -> LoadedModel:
 
 def _load_folder(folder: Path, target: str) -> LoadedModel:
     from ditopt.codegen.build import build
+    from ditopt.engine import variants
     from ditopt.errors import DitoptError
     from ditopt.ir.parse import parse_program
     from ditopt.ir.verify import verify
@@ -104,7 +105,8 @@ def _load_folder(folder: Path, target: str) -> LoadedModel:
     fields = ("recipe", "structure", "steps", "full_flops", "full_block_flops", "extra")
     for result in legalize(program, name):
         program = result.program
-    built = build(program, name, **{f: getattr(manifest, f) for f in fields})
+    rows = variants(program, name, manifest.steps or None)
+    built = build(program, name, rows, **{f: getattr(manifest, f) for f in fields})
     return LoadedModel(Plan(built.manifest, built.run, lambda: program.params, more=built.more), str(folder))
 
 

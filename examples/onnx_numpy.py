@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+_TYPE = {float: "f", int: "q"}
+
 
 def run(path: Path, seed: int, sigmas: np.ndarray, prompt: dict[str, np.ndarray]) -> np.ndarray:
     """Euler flow matching along sigmas, one more than steps; prompt: the inputs that no step changes, by name."""
     m = json.loads(path.read_text())
     graphs = {g["name"]: (g, ort.InferenceSession(path.parent / g["file"])) for g in m["graphs"] + m["memo_graphs"]}
+    if m["decisions"] and "schedule" not in m["extra"]:
+        raise ValueError(f"{path} was exported without a schedule: it decides by what it measures; use ditopt.load")
     plan = m["extra"].get("schedule") or [{"graph": m["graphs"][0]["name"], "weights": {}}] * (len(sigmas) - 1)
     zeros = {i["name"]: np.zeros(i["type"]["shape"], i["type"]["dtype"]) for i in m["inputs"] + m["state"]}
     have = {"memo": {}, "input": zeros | prompt, "state": zeros}
@@ -19,7 +23,7 @@ def run(path: Path, seed: int, sigmas: np.ndarray, prompt: dict[str, np.ndarray]
     x = np.asarray(np.random.default_rng(seed).standard_normal(zeros[latent].shape, np.float32))
     for k, (step, sigma) in enumerate(zip(plan, sigmas[:-1], strict=True)):
         have["input"] |= {latent: x, time: np.full_like(zeros[time], 1000 * sigma)}
-        have["control"] = {name: np.array(w, "f") for name, w in step["weights"].items()}
+        have["control"] = {name: np.array(w, _TYPE[type(w[0])]) for name, w in step["weights"].items()}
         memos = [(o["function"], o["values"]) for o in m["memos"] if k == 0 or o["lifetime"] == "schedule"]
         for name, values in [*memos, (step["graph"], ())]:  # by position: the manifest says what graph inputs stand for
             g, net = graphs[name]

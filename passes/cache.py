@@ -80,7 +80,7 @@ class Cache(Pass):
 
     contract = "approximate"
     requires = ("outline_blocks",)
-    after = ("hoist_invariants",)
+    after = ("hoist_invariants", "select_tokens")
 
     def validate(self) -> None:
         for option, least in (("first", 0), ("last", 0), ("order", 0), ("longest", 0), ("most", 0), ("budget", 0)):
@@ -148,7 +148,13 @@ class Cache(Pass):
         if missing := lacking(program, self.region):
             return Outcome(program, 0, (missing,))
         selections = select_regions(program, self.region)
-        taken = {r for d in program.decisions if d.slots and not self._apart(d) for r in d.regions}
+        parts = [r.parent for r in program.regions if r.role == "part"]
+        if parts and any(s.kind != "model" for s in selections):
+            return Outcome(
+                program, 0, (f"{parts[0]} runs on part of its tokens; only its model's output is cached: region=model",)
+            )
+        decided = [d for d in program.decisions if d.slots and not self._apart(d)]
+        taken = {r for d in decided for r in d.regions if r not in parts}
         for region in (i for s in selections for i in s.ids):
             if any(
                 region == t or region.startswith(f"{t}.") or t.startswith(f"{region}.") or "model" in (region, t)
@@ -203,6 +209,7 @@ class Cache(Pass):
             found.slots,
             found.weights,
             Predictor("taylor", self.watch) if found.slots else Predictor(),
+            self.signal,
         )
 
     @classmethod

@@ -33,6 +33,7 @@ class Stats:
     calls that reused, by decision; ``graphs``: calls by graph. ``flops`` and ``block_flops`` were executed (memo
     functions included in the first), ``full_flops`` and ``full_block_flops`` are what the plain model would have.
     ``reads``: times the host read tensor contents, a synchronisation where the tensor is not in host memory.
+    ``measured``: times a rule was told its signal, by decision (all of a step are one read).
     ``memo_fills``, ``memo_hits``, ``memo_drops``: entries of hoisted values made, found, forgotten for new weights.
     """
 
@@ -46,6 +47,7 @@ class Stats:
     full_flops: int = 0
     full_block_flops: int = 0
     reads: int = 0
+    measured: Counter[str] = field(default_factory=Counter)
     memo_fills: int = 0
     memo_hits: int = 0
     memo_drops: int = 0
@@ -124,8 +126,9 @@ class Ledger:
         hit = {repr(rule) for name, rule in self.rules.items() if self.hits[name] and self.measured.get(name)}
         for name, rule in self.rules.items():
             if not self.hits[name] and not (self.measured.get(name) and repr(rule) in hit):
+                what = f"cache {name!r}" if name.startswith("cache") else repr(name)
                 warnings.warn(
-                    f"cache {name!r} was never reused in this request: {self.reason(name)}", DitoptWarning, stacklevel=4
+                    f"{what} was never reused in this request: {self.reason(name)}", DitoptWarning, stacklevel=4
                 )
 
 

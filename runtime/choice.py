@@ -64,12 +64,12 @@ def choose_step(ready: Ready, rules: Mapping[str, Schedule], memory: Memory, now
     anchors, grams = dict(memory.anchors), dict(memory.grams)
     for d in decisions:
         before = anchors.get(d.name, ())
-        if d.row:
-            controls[d.row] = [_row(d, now.step)]
         controls[d.weights] = [0.0] * d.predictor.size
         if graph.choices.get(d.name) == REUSE:
             if d.gram and grams.get(d.name, (-1, ()))[0] != before[0].step:
                 grams[d.name] = (before[0].step, _square(read([d.gram])[0]))
+            if d.row:
+                controls[d.row] = [_row(d, now.step)]
             gram = grams[d.name][1] if d.gram else ()
             controls[d.weights] = coefficients(d, d.predictor, before, now, ready.steps, gram)
         elif graph.choices.get(d.name, COMPUTE) == COMPUTE:

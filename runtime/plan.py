@@ -13,7 +13,7 @@ from ditopt.artifact import Plan, StepGraph
 from ditopt.errors import DitoptWarning, SessionError
 from ditopt.ir.program import Interval, TensorType
 from ditopt.runtime.memo import Memos
-from ditopt.runtime.policy import Schedule, fit, schedule_of
+from ditopt.runtime.policy import Schedule, fit, schedule, schedule_of
 
 _AGAIN = "optimize the model again for these inputs"
 
@@ -48,12 +48,18 @@ class Ready:
         self._device: torch.device | None = None
         self._control: dict[tuple[str, tuple[float, ...], torch.device], Tensor] = {}
 
-    def reschedule(self, masks: Mapping[str, str]) -> None:
-        """Follow these masks, by decision, in place of the schedules that the model was compiled with."""
+    def check_masks(self, masks: Mapping[str, str]) -> None:
+        """SessionError where these masks, by decision, cannot be followed."""
         unknown = set(masks) - {d.name for d in self.manifest.decisions}
         if unknown:
             known = ", ".join(d.name for d in self.manifest.decisions) or "none"
             raise SessionError(f"there is no decision {', '.join(sorted(unknown))}; there are: {known}")
+        for name, mask in masks.items():
+            schedule(Interval(mask=mask), len(mask), name)
+
+    def reschedule(self, masks: Mapping[str, str]) -> None:
+        """Follow these masks, by decision, in place of the schedules that the model was compiled with."""
+        self.check_masks(masks)
         self.decisions = tuple(
             replace(d, schedule=Interval(mask=masks[d.name])) if d.name in masks else d for d in self.manifest.decisions
         )
@@ -111,9 +117,9 @@ class Ready:
         found = fit(wanted, self._variants)
         if self.plan.more is not None and dict(found.choices) != dict(wanted):
             made = self.plan.more(wanted)
-            if made not in self._variants:
+            if made is not None and made not in self._variants:
                 self._variants.append(made)
-            return made
+            return made or found
         return found
 
     def warn_late(self, step: int) -> None:

@@ -6,6 +6,7 @@ request, for reports and for the ONNX manifest), so that the printed schedule is
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections import Counter
@@ -34,13 +35,19 @@ class Schedule:
     def __call__(self, step: int) -> bool:
         if self.interval.mask:
             return step >= len(self.interval.mask) or self.interval.mask[step] == "1"
-        if self.idle(step):
+        if self.idle(step) or step in self.resets:
             return True
         # nothing is cached before the first step
         warm = max(self.interval.first, int(self.window[0]) + (not self.stateless))
         if step < warm or (self.interval.every and (step - warm + 1) % self.interval.every == 0):
             return True
         return self.steps is not None and step >= self.steps - self.interval.last
+
+    @property
+    def resets(self) -> set[int]:
+        """The steps that compute besides."""
+        words = self.interval.resets.split()
+        return {round(float(w[:-1]) / 100 * (self.steps or 0)) if w.endswith("%") else int(w) for w in words}
 
     def idle(self, step: int) -> bool:
         """Whether ``step`` lies outside the window, where values are computed and not kept."""
@@ -90,6 +97,11 @@ def schedule(interval: Interval, steps: int | None, name: str = "cache") -> Sche
         raise SessionError(
             f"decision {name!r} holds within a part of the request ({interval.since:g} to {interval.until:g}), and the "
             "number of steps is unknown; pass steps= to optimize or open a session with steps="
+        )
+    if "%" in interval.resets and steps is None:
+        raise SessionError(
+            f"decision {name!r} computes at shares of the request ({interval.resets}), and the number of steps is unknown; "
+            "pass steps= to optimize or open a session with steps="
         )
     if interval.last and steps is None and interval.every != 1:
         warnings.warn(
@@ -266,3 +278,20 @@ def needed(decision: Decision, rule: Schedule, step: int) -> int | None:
         if not rule(later):
             return most - pushed
     return 0
+
+
+def wanted_sets(decisions: Sequence[Decision], steps: int) -> Counter[frozenset[str]]:
+    """The sets of decisions that the steps of a request of ``steps`` steps let reuse, with how many steps do.
+
+    What a rule decides may go either way: together, not at all, or each alone; up to three of them in every way.
+    """
+    rules = {d.name: schedule(d.schedule, steps, d.name) for d in decisions}
+    ruled = {d.name for d in decisions if d.rule is not None}
+    found = Counter[frozenset[str]]()
+    for step in range(steps):
+        open_ = frozenset(name for name, rule in rules.items() if step and not rule(step))
+        asked = sorted(open_ & ruled)
+        sizes = range(len(asked) + 1) if len(asked) <= 3 else sorted({0, 1, len(asked)})
+        for granted in (c for n in sizes for c in itertools.combinations(asked, n)):
+            found[(open_ - ruled) | set(granted)] += 1
+    return found

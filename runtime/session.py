@@ -116,6 +116,11 @@ class Session:
         """What follows is a new request."""
         self.close_request()
 
+    @property
+    def measured(self) -> dict[str, list[float]]:
+        """The signals that rules read in the running, else in the last request, by decision."""
+        return {name: list(values) for name, values in self._ledger.measured.items()}
+
     @contextmanager
     def context(self, name: str | None) -> Iterator[None]:
         """Calls inside the block belong to the guidance branch ``name``."""
@@ -134,7 +139,12 @@ class Session:
 
     def reschedule(self, masks: Mapping[str, str]) -> None:
         """From the next request on, follow these masks (decision name -> one digit a step) in place of the schedules
-        that the model was compiled with; {} goes back to them. For searches: nothing is compiled again."""
+        that the model was compiled with; {} goes back to them. For searches: nothing is compiled again. A step for
+        which the model was not compiled computes more than its mask says (``Engine.rescheduled`` has all compiled).
+
+        SessionError, and nothing changes, where there is no such decision or a mask is no text of 1 and 0."""
+        for ready in self._plans.values():
+            ready.check_masks(masks)
         self.close_request()
         self._masks = dict(masks)
         for ready in self._plans.values():
@@ -283,6 +293,7 @@ class Session:
         stats.steps += row.step > self._ledger.top
         stats.graphs[row.graph] += 1
         stats.hits.update(n for n, c in row.choices.items() if c == REUSE)
+        stats.measured.update(done.choice.measured.keys())
         stats.flops += sum(g.flops for g in done.ran)
         stats.block_flops += sum(g.block_flops for g in done.ran)
         stats.full_flops += ready.manifest.full_flops

@@ -34,6 +34,7 @@ from ditopt.ir.program import (
     TensorType,
     call_args,
     callee,
+    formal,
     is_call,
 )
 from ditopt.ir.reuse import Reuse, Store, dense, dense_type, encode, encoded_types, guess
@@ -76,6 +77,7 @@ class Caching:
         self.reuse = Reuse(self.e, self.name, options.predictor, options.store)
         self.correction = Correction(self.e, self.name, options.correction) if options.correction else None
         self._kept: list[tuple[fx.Node, list[list[fx.Node]]]] = []
+        self._own: list[int] = []  # which of them belong to the stream of the latent, as far as that is known
         self._base: fx.Node | None = None  # the stream of the latent that enters the region
         self._spare: fx.Node | None = None  # one that depends on the latent, where none is known to be its stream
         self._start: fx.Node | None = None  # the same stream before the first block
@@ -98,12 +100,11 @@ class Caching:
         asked = None
         if self.o.signal and rule is not None:
             found = SIGNALS[self.o.signal](self._site())
-            if not found.lag:
-                self._independent(found.node)
             slot = self.reuse.slot("signal", found.node.meta["val"])
             self.reuse.update(slot, found.node, found.when)
             asked = rule(slot.meta["formal"].ref, found)
         gram = inner_products(self.reuse, self._kept) if self.o.predictor.basis == "dmd" else ""
+        self._guard()
         self.reuse.finish(self.before.step.state_out)
         decision = Decision(
             self.name,
@@ -123,7 +124,7 @@ class Caching:
         regions = [dataclasses.replace(r, function=body[r.id]) if r.id in body else r for r in out.regions]
         if "model" in self.regions and not regions:  # a model without repeated blocks still has an output
             regions = [Region("model", "model", "")]
-        return prune(
+        made = prune(
             out.replace(
                 params={**out.params, **(self.correction.params if self.correction else {})},
                 state=(*out.state, *self.reuse.types),
@@ -131,6 +132,18 @@ class Caching:
                 regions=tuple(regions),
             )
         )
+        _measurable(made, self.o.signal)
+        return made
+
+    def _guard(self) -> None:
+        """What earlier decisions leave for the next step stays as it was where this one skips what they are made of."""
+        step = self.before.step
+        held = {formal(p).ref: self.e[p] for p in step.placeholders if formal(p).kind == "state"}
+        results = list(self.e.results)
+        for k, slot in enumerate(step.state_out, step.n_results):
+            if "model" in self.regions and slot in held:
+                results[k] = self.e.op(select, results[k], held[slot], self.name)
+        self.e.set_results(results)
 
     # -- one value -------------------------------------------------------------------------------------------------
 
@@ -177,7 +190,7 @@ class Caching:
             lambda: modulated_input(self.before, self.e, first, self.binding) if first is not None else None,
             self.e[latent] if latent is not None else None,
             computed,
-            self._kept,
+            [self._kept[i] for i in self._own] or self._kept,
             self.o.watch,
         )
 
@@ -185,19 +198,6 @@ class Caching:
         """The model's output as this step computes it, whatever the decision."""
         node = self.e.results[self.before.step.results.index(output)]
         return node.args[0] if node.target is select and node.args[2] == self.name else node  # type: ignore[return-value]
-
-    def _independent(self, node: fx.Node) -> None:
-        """RecipeError where the signal would depend on a decision: the step must measure it before it decides."""
-        seen, todo = {node}, [node]
-        while todo:
-            n = todo.pop()
-            if n.target is select:
-                raise RecipeError(
-                    f"signal={self.o.signal} would be measured behind {n.args[2]}, another decision of the same step; "
-                    "begin that region behind this one, or decide it by a schedule of its own recipe"
-                )
-            todo += [a for a in n.all_input_nodes if a not in seen]
-            seen.update(n.all_input_nodes)
 
     # -- regions ---------------------------------------------------------------------------------------------------
 
@@ -223,7 +223,8 @@ class Caching:
         span = Span(self.before, self.binding, ids)
         for value in span.results():
             base = span.entry(value, self.e)
-            self._follow(base, ids)
+            if self._follow(base, ids):
+                self._own.append(len(self._kept))
             if self.o.residual == "no":
                 base = None
             elif base is None and self.o.residual == "yes":
@@ -236,14 +237,15 @@ class Caching:
                 self.e[reader].replace_input_with(node, chosen) if reader.op != "output" else self._output(node, chosen)
         self.regions.extend(sorted(ids, key=lambda i: int(i.split(".")[1])))
 
-    def _follow(self, base: fx.Node | None, ids: set[str]) -> None:
-        """Note what signals measure: the stream of the latent that enters the first run, and where it began.
+    def _follow(self, base: fx.Node | None, ids: set[str]) -> bool:
+        """Note what signals measure: the stream of the latent that enters the first run, and where it began. Whether
+        this is it.
 
         Behind joint attention a stream of text depends on the latent as well; it began without. Where streams are
         joined in front of the run, the one of the latent is taken.
         """
         if base is None or self._base is not None or not self.o.signal:
-            return
+            return False
         back = {self.e[n]: n for n in self.before.step.graph.nodes if n.op != "output"}
         blocks = [b.id for b in self.before.blocks()]
         front = Span(self.before, self.binding, set(blocks[: min(blocks.index(i) for i in ids)]))
@@ -259,8 +261,9 @@ class Caching:
             began = [] if start is None else _joined(start, back, front)
             if not front.calls or any(self.binding[n] & Binding.LATENT for n in began):
                 self._base, self._start = self.e[stream], start
-                return
+                return True
             self._spare = self._spare or self.e[stream]
+        return False
 
     def _output(self, old: fx.Node, new: fx.Node) -> None:
         n = self.before.step.n_results
@@ -289,15 +292,25 @@ class Caching:
             at = self.e[call].next
             results = self.e.call(name, [*call_args(self.e[call]), *more], types, at, block)
             for user in list(self.e[call].users):
-                user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+                new: fx.Node = results[user.args[1]]  # type: ignore[index]
+                user.replace_all_uses_with(new)
+                self._base, self._start = (new if n is user else n for n in (self._base, self._start))
             for k, parts in enumerate(slots):
                 kept = results[old + k]
                 chosen = results[old + len(values) + k] if self.o.predictor.window else kept
                 encoded = encode(self.e, kept, self.o.store, at)
                 moved = encoded if chosen is kept else encode(self.e, chosen, self.o.store, at)
                 self.reuse.keep(parts, encoded, moved)
+                if kept.meta["val"].shape[:-1] in self._places(call):
+                    self._own.append(len(self._kept))
                 self._kept.append((kept, parts))
             self.regions.extend(f"{block}.{role}" for role in wanted[block])
+
+    def _places(self, call: fx.Node) -> set[Any]:
+        """The shapes, but for the channels, of the streams of a block in which there are tokens of the latent."""
+        block = next(r for r in self.before.regions if r.id == call.meta["region"])
+        types = {formal(p).ref: p.meta["val"].shape for p in self.before.functions[callee(call)].placeholders}
+        return {types[s.formal][:-1] for s in block.streams if s.made_of == "latent"}
 
     def _tables(self) -> list[fx.Node | None]:
         return [] if self.correction is None else list(self.correction.arguments())
@@ -336,6 +349,39 @@ class Caching:
             e.set_results([*e.results, *kept, *(told if self.o.predictor.window else [])])
         self.functions[new] = e.function(new)
         return new, types
+
+
+def _measurable(program: Program, signal: str) -> None:
+    """RecipeError where a number that a step measures before it decides would depend on a decision of that step."""
+    newest = program.decisions[-1].name
+    new = dict(zip(program.step.state_out, program.step.results[program.step.n_results :], strict=True))
+    for d in program.decisions:
+        behind = _decided_by(program, new[d.rule.signal]) if d.rule is not None and not d.rule.lag else ""
+        if not behind:
+            continue
+        if d.name != newest:
+            raise RecipeError(
+                f"the signal of {d.name} would be measured behind {behind}, another decision of the same step; cache "
+                "nothing in front of a region that a signal decides, or decide it by a schedule of its own recipe"
+            )
+        other = "its own decision" if behind == d.name else f"{behind}, another decision of the same step"
+        raise RecipeError(
+            f"signal={signal} would be measured behind {other}; "
+            "begin that region behind this one, or decide it by a schedule of its own recipe"
+        )
+
+
+def _decided_by(program: Program, node: fx.Node) -> str:
+    """The name of a decision that ``node`` of the entry depends on, also inside the blocks before it; "" for none."""
+    seen, todo = {node}, [node]
+    while todo:
+        n = todo.pop()
+        inside = program.functions[callee(n)].graph.nodes if is_call(n) else [n]
+        for select_ in (m for m in inside if m.target is select):
+            return str(select_.args[2])
+        todo += [a for a in n.all_input_nodes if a not in seen]
+        seen.update(n.all_input_nodes)
+    return ""
 
 
 def node_types(call: fx.Node) -> list[Any]:

@@ -77,7 +77,8 @@ def before_gate(value: fx.Node, binding: Mapping[fx.Node, Binding]) -> fx.Node:
 
 
 def stream_origins(body: Function, binding: Mapping[fx.Node, Binding]) -> list[int | None]:
-    """For each result of a body: the formal whose stream it continues by residual adds and casts, or None."""
+    """For each result of a body: the formal whose stream it continues by residual adds, casts and clips to what its
+    dtype can hold (as models do in float16), or None."""
     origin: dict[fx.Node, int] = {p: i for i, p in enumerate(body.placeholders) if binding[p] & VARIES}
     for node in body.graph.nodes:
         operands = [a for a in node.args if isinstance(a, fx.Node)]
@@ -86,9 +87,20 @@ def stream_origins(body: Function, binding: Mapping[fx.Node, Binding]) -> list[i
                 if old in origin and other not in origin and _same_shape(old, node):
                     origin[node] = origin[old]
                     break
-        elif node.target in CASTS and operands and operands[0] in origin:
+        elif (node.target in CASTS or saturates(node)) and operands and operands[0] in origin:
             origin[node] = origin[operands[0]]
     return [origin.get(r) for r in body.results]
+
+
+def saturates(node: fx.Node) -> bool:
+    """Whether a node clips its operand to the range of its dtype, which leaves finite numbers alone."""
+    if node.target not in (aten.clamp.default, aten.clip.default) or len(node.args) < 3:
+        return False
+    dtype = node.meta["val"].dtype
+    low, high = node.args[1:3]
+    if not dtype.is_floating_point or not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
+        return False
+    return low <= torch.finfo(dtype).min and high >= torch.finfo(dtype).max
 
 
 def rejoined(node: fx.Node) -> fx.Node | None:

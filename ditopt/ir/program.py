@@ -114,7 +114,8 @@ class Interval:
     ``since``, ``until``: the part of the request, 0 to 1, within which the formula holds; outside of it every step
     computes. A window that begins later starts with a computed step.
     ``low``, ``high``: the model's time, without its ends, outside of which every step computes (and what it computes is
-    kept); both 0: any time.
+    kept); both 0: any time. ``resets``: steps that compute besides, as text: numbers such as "12 22", or shares of the
+    request such as "40% 73%".
     """
 
     every: int = 1
@@ -125,6 +126,7 @@ class Interval:
     until: float = 1.0
     low: float = 0.0
     high: float = 0.0
+    resets: str = ""
 
     @property
     def timed(self) -> bool:
@@ -179,7 +181,8 @@ class Rule:
     does not clamp); negative results count as 0.
     ``longest``, ``most``, ``budget``: at most so many reused steps in a row, in a request, and at most so large a sum
     of what was measured at reused steps since the last computed one; 0 is no bound.
-    ``slots``, ``weights``, ``predictor``: of the forecast that the signal is the error of, where it is one.
+    ``slots``, ``weights``, ``predictor``: of the forecast that the signal is the error of, where it is one. ``kind``:
+    the name of the signal in ir/signals.py, for display.
     """
 
     signal: str
@@ -195,6 +198,7 @@ class Rule:
     slots: tuple[str, ...] = ()
     weights: str = ""
     predictor: Predictor = Predictor()
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -238,12 +242,13 @@ class Decision:
 
 
 RegionRole = Literal[
-    "model", "embed", "stage", "head", "block", "aux", "attn", "mlp", "mod",
+    "model", "embed", "stage", "head", "block", "aux", "attn", "mlp", "mod", "part",
     "self", "joint", "cross", "temporal", "spatial",
 ]  # fmt: skip
 """What a region is to the model. ``embed``: what makes the streams that enter the first blocks; ``head``: what follows
 the last ones; ``aux``: a block of a chain beside the main one; ``mod``: what makes shifts, scales and gates of the
-timestep. The last five are the attention of one kind in a block (ir/sites.py)."""
+timestep; ``part``: a block once more, on part of its tokens. The last five are the attention of one kind in a block
+(ir/sites.py)."""
 
 
 MadeOf = Literal["latent", "prompt", ""]

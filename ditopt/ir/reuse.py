@@ -107,9 +107,8 @@ def encoded_types(e: Editor, value: Any, store: Store) -> list[Any]:
     """(Fake) values of the parts in which a value is stored."""
     if store == "full":
         return [value]
-    with e.mode:
-        whole = torch.empty(value.shape, dtype=torch.int8, device=value.device)
-        return [whole, torch.empty((*value.shape[:-1], 1), dtype=torch.float32, device=value.device)]
+    with e.mode:  # with the strides that ``encode`` gives
+        return [value.to(torch.int8), value.float().abs().amax([-1], True)]
 
 
 def encode(e: Editor, node: fx.Node, store: Store, at: fx.Node, region: str = "") -> list[fx.Node]:

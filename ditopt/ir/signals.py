@@ -30,8 +30,8 @@ class Site:
 
     ``base``: the latent stream that enters the region; ``start``: the same stream before the first block;
     ``modulated``: makes what the first block's first layer reads; ``latent``, ``output``: the model's, ``output`` as
-    computed; ``kept``: of each value that the cache keeps, what was computed and its slots; ``predictor``: of
-    ``forecast``.
+    computed; ``kept``: of each value of the latent's stream that the cache keeps, what was computed and its slots;
+    ``predictor``: of ``forecast``.
     """
 
     e: Editor
@@ -122,7 +122,7 @@ def boundary(s: Site) -> Signal:
     """EasyCache: the change of the output that the change of the latent since the step before lets expect.
 
     kappa mean|x - x of the step before| / mean|o|, with o the last computed output and kappa = mean|change of o| /
-    mean|change of x| between the last two computed steps.
+    mean|change of x| between the last two computed steps; infinite until there are two.
     """
     needs = "signal=boundary needs a latent input of the shape of the model's output"
     x, o = _needed(s.latent, needs), _needed(s.output, needs)
@@ -136,14 +136,17 @@ def boundary(s: Site) -> Signal:
     reuse.update(before, x, "always")
     reuse.update(old_x, x, "computed")
     reuse.update(old_o, o, "computed")
-    reuse.update(rate, e.op(aten.div.Tensor, moved(o, old_o), moved(x, old_x)), "computed")
+    found = e.op(aten.div.Tensor, moved(o, old_o), moved(x, old_x))
+    two = e.op(aten.gt.Scalar, _mean(e, _wide(e, old_o)), 2 * EPS)  # a slot that nothing was written to is zero
+    unknown = e.op(aten.full.default, [1], torch.inf, dtype=torch.float32, device=o.meta["val"].device)
+    reuse.update(rate, e.op(aten.where.self, two, found, unknown), "computed")
     expected = e.op(aten.mul.Tensor, rate, moved(x, before))
     return Signal(e.op(aten.div.Tensor, expected, _mean(e, _wide(e, old_o))))
 
 
 def change(s: Site) -> Signal:
-    """AdaCache, Temporal Delta Cache: how far a kept value, the middle one of all, is from the one computed before it;
-    left for the steps that follow."""
+    """AdaCache, Temporal Delta Cache: how far a kept value, the middle one of those of the latent's stream, is from the
+    one computed before it; left for the steps that follow."""
     value, slots = s.kept[len(s.kept) // 2]
     at = s.e.graph.output_node()
     return Signal(relative(s.e, value, guess(s.e, slots, value.meta["val"], None, at)), lag=True, when="computed")

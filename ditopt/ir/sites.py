@@ -27,7 +27,7 @@ from ditopt.ir.mixing import VARIES
 from ditopt.ir.program import Function, Program, Region, Stream, formal
 from ditopt.ir.residual import MOVES
 from ditopt.ir.softmax import find_softmax
-from ditopt.ops import attention, linear_attention
+from ditopt.ops import attention, block_sparse_attention, linear_attention
 
 Kind = Literal["self", "joint", "cross", "temporal", "spatial"]
 
@@ -35,7 +35,7 @@ Kind = Literal["self", "joint", "cross", "temporal", "spatial"]
 @dataclass(frozen=True)
 class AttentionSite:
     """One attention: ``heads`` (0 where the graph does not show them), how many queries attend to how many keys, and
-    how the model writes it ("sdpa", "explicit", "linear")."""
+    how the model writes it ("sdpa", "explicit", "linear"), or "block-sparse"."""
 
     kind: Kind
     heads: int
@@ -119,6 +119,10 @@ def _find(function: Function, binding: Mapping[fx.Node, Binding]) -> Iterator[_R
             soft = node.target is attention
             spelling = "linear" if not soft else "explicit" if args[7] not in (None, "sdpa") else "sdpa"
             yield _Raw(query, key, soft and args[3] is not None, soft and bool(args[5]), spelling, frozenset({node}))
+        elif node.target is block_sparse_attention:
+            query, key = (Operand(a, tuple(range(a.meta["val"].ndim))) for a in node.args[:2])
+            masked = [*node.args, None, None][5] is not None
+            yield _Raw(query, key, masked, False, "block-sparse", frozenset({node}))
 
 
 @dataclass(frozen=True)

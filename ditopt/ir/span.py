@@ -11,7 +11,7 @@ from torch import fx
 from ditopt.ir.binding import Binding
 from ditopt.ir.cost import is_convolution, is_matmul
 from ditopt.ir.edit import Editor
-from ditopt.ir.modules import rejoined, stream_origins
+from ditopt.ir.modules import rejoined, saturates, stream_origins
 from ditopt.ir.program import Program, TensorType, call_args, callee, is_call
 from ditopt.ops import select
 
@@ -19,8 +19,8 @@ aten = torch.ops.aten
 
 
 class Span:
-    """The blocks ``ids`` of ``program``. ``inside``: their calls, the results of these, and what lies between two of
-    them on a path, in order."""
+    """The blocks ``ids`` of ``program``. ``inside``: their calls, the results of these, what lies between two of them
+    on a path, and clips of their results to the range of the dtype, in order."""
 
     def __init__(self, program: Program, binding: Mapping[fx.Node, Binding], ids: Set[str]) -> None:
         self._program, self._binding = program, binding
@@ -34,10 +34,12 @@ class Span:
         for n in reversed(nodes):
             if n in self.calls or any(u in before for u in n.users):
                 before.add(n)
-        self.inside = [
-            n for n in nodes if n in self.calls or (n in after and n in before) or (n.args and n.args[0] in self.calls)
-        ]
-        self._inside = set(self.inside)
+        self._inside: set[fx.Node] = set()
+        for n in nodes:
+            ends = bool(n.args) and (n.args[0] in self.calls or (saturates(n) and n.args[0] in self._inside))
+            if n in self.calls or (n in after and n in before) or ends:
+                self._inside.add(n)
+        self.inside = [n for n in nodes if n in self._inside]
 
     def __contains__(self, node: fx.Node) -> bool:
         return node in self._inside
@@ -77,6 +79,8 @@ class Span:
         if whole is not None:
             return self.origin(whole, e)
         source, *rest = value.args
+        if saturates(value):
+            return self.origin(source, e)  # type: ignore[arg-type]
         if isinstance(source, fx.Node) and is_call(source):
             body = self._program.functions[callee(source)]
             origin = stream_origins(body, self._binding)[rest[0]]  # type: ignore[index]
@@ -103,7 +107,8 @@ def latent_like(program: Program, binding: Mapping[fx.Node, Binding], value: fx.
 
 
 def modulated_input(program: Program, e: Editor, call: fx.Node, binding: Mapping[fx.Node, Binding]) -> fx.Node | None:
-    """The normed and modulated latent that the first layer of a block reads, computed again in the entry (no layer is).
+    """The normed and modulated latent that the first layer of a block reads, computed again in the entry; of layers
+    only those of the timestep and the prompt, where they were not hoisted.
 
     ``call``: the block's call in ``program``'s entry, of which ``e`` edits a copy.
     """

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ditopt.artifact import Plan, StepGraph
 from ditopt.codegen.build import build
-from ditopt.codegen.lower import Lowered, combinations, lower, lower_memos, variant_name
+from ditopt.codegen.lower import Lowered, lower, lower_memos, variant_name
+from ditopt.codegen.variants import combinations
 from ditopt.ir.cost import step_flops
 from ditopt.ir.interpret import run_program
 from ditopt.ir.program import Program, formal

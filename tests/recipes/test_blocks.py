@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tests.recipes.oracle import DEPTH, STEPS, Array, Case, Parts, Step, agrees, change, exact, run
+from tests.recipes.oracle import DEPTH, STEPS, Array, Case, Step, agrees, change, exact, parts, run
 
 
 def dbprune(front: int, back: int, threshold: float, warmup: int, longest: int = 0) -> Step:
     """DBPrune, decided as the recipe says: by the sum of how far a block's input moved each step since the block was
     computed, the newest of them standing for the step to come."""
-    p = Parts()
+    p = parts()
     ids = range(front, DEPTH - back)
     before: dict[int, Array] = {}
     moved, total, in_a_row = dict.fromkeys(ids, 0.0), dict.fromkeys(ids, 0.0), dict.fromkeys(ids, 0)
@@ -25,8 +25,8 @@ def dbprune(front: int, back: int, threshold: float, warmup: int, longest: int =
             at = total[i] + moved[i]
             skip = k >= warmup and at < threshold and not (longest and in_a_row[i] >= longest)
             total[i], in_a_row[i] = (at, in_a_row[i] + 1) if skip else (0.0, 0)
-            moved[i] = change(h, before[i]) if k else 0.0
-            before[i] = h
+            moved[i] = change(p.seen(h, i), before[i]) if k else 0.0
+            before[i] = p.seen(h, i)
             if not skip:
                 added[i] = p.block(i, h) - h
             h = h + added[i]
@@ -38,7 +38,7 @@ def dbprune(front: int, back: int, threshold: float, warmup: int, longest: int =
 
 def tdc(threshold: float, longest: int, budget: float) -> Step:
     """Temporal Delta Cache of 6Bit-Diffusion."""
-    p = Parts()
+    p = parts()
     close, in_a_row = [1e9] * DEPTH, [0] * DEPTH
     added: list[Array] = [None] * DEPTH
 
@@ -51,7 +51,7 @@ def tdc(threshold: float, longest: int, budget: float) -> Step:
             if not skip:
                 new = p.block(i, h) - h
                 if k:
-                    close[i] = change(new, added[i])
+                    close[i] = change(p.seen(new, i + 1), p.seen(added[i], i + 1))
                 added[i] = new
             h = h + added[i]
             chosen.append("reuse" if skip else "compute")

@@ -8,18 +8,18 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tests.recipes.oracle import DEPTH, STEPS, Array, Case, Parts, Step, agrees, change, exact, run
+from tests.recipes.oracle import DEPTH, STEPS, Array, Case, Step, agrees, change, exact, parts, run
 
 
 def firstblock(threshold: float) -> Step:
     """First-Block Cache (diffusers, hooks/first_block_cache.py)."""
-    p = Parts()
+    p = parts()
     kept: dict[str, Array] = {}
 
     def step(k: int, x: Array, t: float) -> tuple[list[str], Array]:
         h0 = p.begin(x, t)
         h1 = p.block(0, h0)
-        added = h1 - h0
+        added = p.seen(h1 - h0)
         if kept and change(added, kept["added"]) < threshold:
             return ["reuse"], p.end(h1 + kept["tail"])
         h = p.blocks(h1, 1)
@@ -59,7 +59,7 @@ def dbcache(
     static: bool = False,
 ) -> Step:
     """DBCache (cache-dit, CachedContextManager.can_cache), with the Taylor calibrator."""
-    p, middle = Parts(), Ladder(order)
+    p, middle = parts(), Ladder(order)
     kept: dict[str, Array] = {}
     total = in_a_row = 0
     spent = 0.0
@@ -85,13 +85,14 @@ def dbcache(
         nonlocal total, in_a_row, spent
         h0 = p.begin(x, t)
         h = p.blocks(h0, 0, front)
-        if can_cache(k, h - h0):
+        added = p.seen(h - h0, front)
+        if can_cache(k, added):
             total, in_a_row = total + 1, in_a_row + 1
             return ["reuse"], p.end(p.blocks(h + middle.at_step(k), DEPTH - back))
         in_a_row, spent = 0, 0.0
         after = p.blocks(h, front, DEPTH - back)
         middle.push(after - h, k)
-        kept["added"] = h - h0
+        kept["added"] = added
         return ["compute"], p.end(p.blocks(after, DEPTH - back))
 
     return step
@@ -99,13 +100,13 @@ def dbcache(
 
 def cg_taylor(threshold: float, watch: int, order: int, first: int) -> Step:
     """CG-Taylor (models.py of its DiT code)."""
-    p, block, last = Parts(), Ladder(watch), Ladder(order)
+    p, block, last = parts(), Ladder(watch), Ladder(order)
 
     def step(k: int, x: Array, t: float) -> tuple[list[str], Array]:
         h1 = p.block(0, p.begin(x, t))
         if first <= k < STEPS - 1:
-            told = block.at_step(k)
-            if np.abs(told - h1).mean() / np.abs(h1).mean() < threshold:
+            told, true = p.seen(block.at_step(k)), p.seen(h1)
+            if np.abs(told - true).mean() / np.abs(true).mean() < threshold:
                 return ["reuse"], p.end(last.at_step(k))
         block.push(h1, k)
         h = p.blocks(h1, 1)
@@ -117,7 +118,7 @@ def cg_taylor(threshold: float, watch: int, order: int, first: int) -> Step:
 
 def teacache(threshold: float, polynomial: Callable[[float], float], domain: tuple[float, float]) -> Step:
     """TeaCache (TeaCache4FLUX/teacache_flux.py), with the domain of the fit."""
-    p = Parts()
+    p = parts()
     kept: dict[str, Array] = {}
     total = 0.0
 
@@ -144,7 +145,7 @@ def teacache(threshold: float, polynomial: Callable[[float], float], domain: tup
 
 def easycache(threshold: float, first: int) -> Step:
     """EasyCache (EasyCache4HunyuanVideo/easycache_sample_video.py)."""
-    p = Parts()
+    p = parts()
     before = old_x = old_o = np.zeros(())
     rate = total = 0.0
 
@@ -169,7 +170,7 @@ def easycache(threshold: float, first: int) -> Step:
 
 def adacache(book: dict[float, int]) -> Step:
     """AdaCache (opensora/models/stdit/stdit3.py), on values before their gates; steps count from 1 there."""
-    p = Parts()
+    p = parts()
     kept: dict[tuple[str, int], Array] = {}
     rate, computed = 1, 0
 

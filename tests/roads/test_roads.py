@@ -34,7 +34,7 @@ COMPUTED = {  # of 8 steps, by hand
 
 @functools.cache
 def model_of(name):
-    return {"sd3": sd3, "small": small, "digits": lambda: digits_pipe().transformer}[name]()
+    return {"sd3": sd3, "small": lambda: small(), "digits": lambda: digits_pipe().transformer}[name]()
 
 
 def requests(name, model):

@@ -64,11 +64,11 @@ class SmallBlock(nn.Module):
         return x + g2 * self.down(F.gelu(self.up(self.norm(x) * (1 + s2) + b2)))
 
 
-def small(seed: int = 0) -> Small:
+def small(seed: int = 0, depth: int = 3) -> Small:
     """A random ``Small``; the same weights for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Small().eval().requires_grad_(False)
+        return Small(depth=depth).eval().requires_grad_(False)
 
 
 def shake(model: nn.Module, seed: int = 0, scale: float = 0.15) -> nn.Module:

@@ -9,7 +9,18 @@ import pytest
 
 from ditopt.errors import SessionError
 from ditopt.ir.program import Decision, Interval, Predictor, Rule
-from ditopt.runtime.policy import BYPASS, COMPUTE, REUSE, Anchor, choose, distinct, needed, schedule, table
+from ditopt.runtime.policy import (
+    BYPASS,
+    COMPUTE,
+    REUSE,
+    Anchor,
+    choose,
+    distinct,
+    needed,
+    schedule,
+    table,
+    wanted_sets,
+)
 from ditopt.runtime.rules import Course, asks, decide, shaped
 
 
@@ -110,6 +121,21 @@ def test_distinct_rows_are_those_that_a_request_takes():
     pairs = {(row["a"], row["b"]) for row in found}
     assert pairs == {("compute", "compute"), ("compute", "reuse"), ("reuse", "compute"), ("reuse", "reuse")}
     assert len(found) == 4
+
+
+def test_wanted_sets_are_those_that_a_request_asks_for():
+    found = wanted_sets([decision("110100", name="a"), decision("101100", name="b")], 6)
+    assert found == {frozenset(): 2, frozenset("a"): 1, frozenset("b"): 1, frozenset("ab"): 2}
+
+
+def test_what_a_rule_decides_may_go_either_way():
+    ruled = [Decision(n, (), Interval(0, 2), Predictor(), (), "", rule=Rule("s")) for n in "abcde"]
+    plain = decision("1010", name="z")
+    assert wanted_sets([ruled[0], plain], 4) == {
+        frozenset(): 2, frozenset("z"): 2, frozenset("a"): 1, frozenset("az"): 1
+    }  # fmt: skip
+    sizes = sorted({len(s) for s in wanted_sets(ruled, 4)})
+    assert sizes == [0, 1, 5]
 
 
 def test_no_cadence_means_that_only_the_ends_must_compute():
