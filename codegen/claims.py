@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from ditopt.codegen import sparse
 from ditopt.errors import require
 from ditopt.ir.edit import Editor, replace_functions
 from ditopt.ir.program import Function, Program, callee, is_call
@@ -39,10 +40,13 @@ class Claim:
 
 
 def claim(node: fx.Node, target: str) -> Claim | None:
-    """Who runs ``node`` on ``target``; None for operators that are not of quantization."""
-    if node.target not in _OPEN:
+    """Who runs ``node`` on ``target``; None for operators that nobody competes for."""
+    if node.target in sparse.OPERATORS:
+        form, reason = sparse.claim(node, target)
+    elif node.target in _OPEN:
+        form, reason = _claim(node, target)
+    else:
         return None
-    form, reason = _claim(node, target)
     return Claim(str(node.target).split(".")[1], form, reason)
 
 
@@ -97,13 +101,14 @@ def claimed(program: Program, target: str) -> Program:
 
 
 def with_kernels(program: Program) -> Program:
-    """``program``, for whose operators on a GPU the Triton kernels are in place. MissingExtra where there is no Triton."""
+    """``program``; where it computes on a GPU, with the Triton kernels in place. MissingExtra without Triton."""
     nodes = [n for f in program.functions.values() for n in f.graph.nodes if n.target is int8_linear]
     if any(n.meta["val"].device.type == "cuda" for n in nodes):
         require("triton", None)
         from ditopt.codegen.triton.int8_linear import register  # imports triton
 
         register()
+    sparse.install(program)
     return program
 
 

@@ -8,6 +8,7 @@ from itertools import groupby
 from torch import fx
 
 from ditopt.artifact import StepGraph
+from ditopt.codegen.claims import claims
 from ditopt.codegen.lower import lower, lower_memos
 from ditopt.codegen.probe import NAME as PROBE
 from ditopt.ir.binding import Binding, bind
@@ -330,7 +331,8 @@ def _graphs(program: Program, target: str) -> list[str]:
         given, slots = sum(k in ("input", "memo", "control", "carry") for k in kinds), kinds.count("state")
         work = [f"{count(g.flops)}FLOP", f"{g.flops / full:.1%}", size(weight_bytes(program, g))]
         lines.append([g.name, where, str(given), str(slots), *work])
-    return _columns(lines, right=(2, 3, 4, 5, 6))
+    said = [f"{c.count} x {c.op}: {c.form}, {c.reason}" for c in claims(program, target)]
+    return [*_columns(lines, right=(2, 3, 4, 5, 6)), *said]
 
 
 def _state(program: Program) -> list[str]:

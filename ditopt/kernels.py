@@ -44,8 +44,8 @@ class Observed:
     def __str__(self) -> str:
         ran = ", ".join(f"{n} x {name}" for name, n in self.kernels.items()) or "none"
         return (
-            f"integer kernels on {self.target}: {self.share:.1%} of the {count(self.quantized)}FLOP of quantized layers "
-            f"({ran})"
+            f"integer kernels on {self.target}: {self.share:.1%} of the {count(self.quantized)}FLOP of quantized "
+            f"layers ({ran})"
         )
 
 

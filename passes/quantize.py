@@ -92,11 +92,13 @@ class Quantize(Pass):
         done = quantized(program, scheme, keep, self.name)
         if not done.layers:
             return Outcome(
-                program, 0, tuple(done.refused) or ("no linear layer inside the blocks reads what depends on the latent",)
+                program,
+                0,
+                tuple(done.refused) or ("no linear layer inside the blocks reads what depends on the latent",),
             )
         notes = (
-            f"{done.flops / max(done.of, 1):.1%} of the FLOPs of the blocks' linear layers are quantized; their weights "
-            f"shrink from {done.before / 1e6:.2f} to {done.after / 1e6:.2f} MB",
+            f"{done.flops / max(done.of, 1):.1%} of the FLOPs of the blocks' linear layers are quantized; their "
+            f"weights shrink from {done.before / 1e6:.2f} to {done.after / 1e6:.2f} MB",
         )
         return Outcome(done.program, done.layers, tuple(done.refused), notes)
 

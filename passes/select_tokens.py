@@ -101,7 +101,10 @@ class SelectTokens(Pass):
         if not self.mask and context.steps and context.steps - self.last <= self.first:
             dense = f"the first {self.first}" + (f" and the last {self.last}" if self.last else "")
             return Outcome(program, 0, (f"a request of {context.steps} steps has no other than {dense}: give fewer",))
-        blocks = [b for s in select_regions(program, self.region) for b in s.blocks]
+        selections = select_regions(program, self.region)
+        if any(s.kind != "run" for s in selections):
+            raise RecipeError(f"select_tokens{{region={self.region}}}: name a run of blocks, such as blocks or blocks.2:-2")
+        blocks = [b for s in selections for b in s.blocks]
         try:
             scoring = Scoring(self.metric, self.starvation, self.high, self.share)
             work = Choosing(program, {b.id for b in blocks}, self.count, scoring)

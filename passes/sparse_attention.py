@@ -38,8 +38,8 @@ class SparseAttention(Pass):
     latents into tokens before it calls the model).
 
     For drafts: ``selector`` ("topk", "topp" until ``mass`` of the draft is held, "head" over all rows of a head),
-    ``longest`` (the longest list, as a part of the blocks; 0: twice the density, or half of them for "topp"), ``cross`` ("sparse"
-    lets a draft choose among the text keys of cross attention too).
+    ``longest`` (the longest list, as a part of the blocks; 0: twice the density, or half of them for "topp"),
+    ``cross`` ("sparse" lets a draft choose among the text keys of cross attention too).
     """
 
     region: str = "blocks"

@@ -52,8 +52,8 @@ _PROFILE: ContextVar[list[Kernel] | None] = ContextVar("profile", default=None)
 
 @contextmanager
 def profiled() -> Iterator[list[Kernel]]:
-    """Inside, graphs run under onnxruntime's profiler: the list gets each kernel that ran. Each run loads its graph anew,
-    so times say nothing."""
+    """Inside, graphs run under the profiler of onnxruntime; the list gets each kernel that ran. A run loads its graph
+    anew, so times say nothing."""
     events: list[Kernel] = []
     token = _PROFILE.set(events)
     try:

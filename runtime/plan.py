@@ -20,7 +20,8 @@ _AGAIN = "optimize the model again for these inputs"
 
 class Ready:
     """``decisions``: those of the manifest, or rescheduled; ``names``: input names by role; ``graphs``: step and memo
-    graphs by name; ``models``: slots that outlive requests; ``lasting``: their values; ``reads_time``: whether every
+    graphs by name; ``models``: slots that outlive requests; ``lasting``: their values; ``shared``: slots that the first
+    call of a step writes for the others; ``guides``: decisions about guidance; ``reads_time``: whether every
     call has to read the timestep; ``steps``: of the request whose ``rules`` were asked last."""
 
     def __init__(self, plan: Plan) -> None:
@@ -32,6 +33,8 @@ class Ready:
         for i in plan.manifest.inputs:
             self.names[i.role].append(i.name)
         self.models = {s.name for s in plan.manifest.state if s.lifetime == "model"}
+        self.shared = {s.name for s in plan.manifest.state if s.lifetime == "step"}
+        self.guides = [d for d in plan.manifest.decisions if d.guidance]
         self.lasting: dict[str, Tensor] = {}
         self._variants = list(plan.manifest.graphs)
         self.reads_time = self.memos.reads_time() or any(

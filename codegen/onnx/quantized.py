@@ -71,9 +71,7 @@ def fused_attention(model: Any) -> int:
     for node in list(model.graph):
         if node.op_type != "Attention" or node.domain or len([i for i in node.inputs if i is not None]) != 3:
             continue
-        if set(node.attributes) - {"scale"} and any(
-            node.attributes[k].value for k in set(node.attributes) - {"scale"}
-        ):
+        if set(node.attributes) - {"scale"} and any(node.attributes[k].value for k in set(node.attributes) - {"scale"}):
             continue  # causal, capped, or with fewer heads of keys
         before = [i.producer() for i in node.inputs]
         after = [u.node for u in node.outputs[0].uses()]
@@ -113,8 +111,8 @@ def _swaps_heads(node: Any) -> bool:
 
 
 def _contrib(name: str, inputs: Sequence[str], attributes: Sequence[str] = ()) -> Any:
-    """An operator of onnxruntime, of which onnxscript knows nothing: its inputs as ``name:type`` and its attributes, all
-    whole numbers, are told here."""
+    """An operator of onnxruntime, of which onnxscript knows nothing: its inputs as ``name:type`` and its attributes,
+    all whole numbers, are told here."""
     script, schema = require("onnxscript", None), require("onnx", None).defs.OpSchema
     types = {"u": "tensor(uint8)", "s": "tensor(int8)", "f": "tensor(float)"}
     told = schema(

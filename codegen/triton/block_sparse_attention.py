@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -23,7 +22,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _step(q, k, v, bias, keep, best, total, acc):
+def _step(q, k, v, bias, keep, best, total, acc):  # type: ignore[no-untyped-def]
     """One block of keys: scores in base 2, running maximum, sum and result."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") + bias[None, :]
     scores = tl.where(keep[None, :], scores, float("-inf"))
@@ -37,7 +36,7 @@ def _step(q, k, v, bias, keep, best, total, acc):
 
 
 @triton.jit
-def _tile(P, rows, inside, stride_row, stride_col, COLS: tl.constexpr, WIDTH: tl.constexpr):
+def _tile(P, rows, inside, stride_row, stride_col, COLS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     """(rows, WIDTH) of a matrix with COLS columns; zeros outside."""
     cols = tl.arange(0, WIDTH)
     at = P + rows.to(tl.int64)[:, None] * stride_row + cols[None, :] * stride_col
@@ -45,7 +44,7 @@ def _tile(P, rows, inside, stride_row, stride_col, COLS: tl.constexpr, WIDTH: tl
 
 
 @triton.jit
-def block_sparse_attention_kernel(
+def block_sparse_attention_kernel(  # type: ignore[no-untyped-def]
     Q, K, V, INDEX, COUNT, MASK, OUT, LSE,
     q_batch, q_head, q_row, q_col, k_batch, k_head, k_row, k_col, v_batch, v_head, v_row, v_col,
     i_batch, i_head, i_row, c_batch, c_head, m_batch, m_head, m_col,
@@ -84,7 +83,7 @@ def block_sparse_attention_kernel(
     end = tl.where(is_dense, 0, tail_k)
     listed = 0
     row = tl.where(is_dense, 0, i // parts)
-    if HAS_COUNT:
+    if HAS_COUNT:  # noqa: SIM108 - Triton takes one branch when it compiles
         listed = tl.load(COUNT + batch * c_batch + head * c_head + row)
     else:
         listed = length
@@ -92,7 +91,7 @@ def block_sparse_attention_kernel(
     pieces: tl.constexpr = BLOCK_K // KEYS
     n_begin, n_listed, n_end = tl.cdiv(begin, KEYS), listed * pieces, tl.cdiv(end, KEYS)
     lists = INDEX + batch.to(tl.int64) * i_batch + head * i_head + row.to(tl.int64) * i_row
-    for t in range(0, n_begin + n_listed + n_end):
+    for t in range(n_begin + n_listed + n_end):
         t_list = t - n_begin
         t_end = t_list - n_listed
         in_list = (t_list >= 0) & (t_end < 0)
@@ -113,7 +112,7 @@ def block_sparse_attention_kernel(
 
     divisor = tl.where(total == 0.0, 1.0, total)
     out = acc / divisor[:, None]
-    at_row = (tl.program_id(1).to(tl.int64) * n + rows)
+    at_row = tl.program_id(1).to(tl.int64) * n + rows
     cols = tl.arange(0, WIDTH_E)
     write = inside[:, None] & (cols < E)[None, :]
     tl.store(OUT + at_row[:, None] * E + cols[None, :], out.to(OUT.dtype.element_ty), mask=write)
@@ -149,8 +148,10 @@ def block_sparse_attention(
     counts = None if count is None else _four(count.contiguous().unsqueeze(-2), layout, (1, count.shape[-1]))
     bias = None
     if mask is not None:
-        added = mask if mask.dtype is not torch.bool else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(
-            ~mask, -math.inf
+        added = (
+            mask
+            if mask.dtype is not torch.bool
+            else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
         )
         bias = _four(added, layout, (1, m))
     out = torch.empty((batch, heads, n, e), dtype=q.dtype, device=q.device)

@@ -11,7 +11,6 @@ a ten-thousandth of their time.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -156,7 +155,11 @@ def moved(mask: str, reach: int | None = None) -> list[str]:
     return [text(len(mask), [s for s in on if s != a] + [b]) for a, b in pairs]
 
 
-def best_order(estimates: Sequence[Estimate], count: int) -> tuple[Estimate, dict[int, str]]:
-    """Of several predictors the one whose best mask of ``count`` computed steps is best, and its chain."""
-    chains = [(e, e.chain(count)) for e in estimates]
-    return min(chains, key=lambda pair: pair[0](pair[1][count]) if pair[1] else math.inf)
+def best_orders(
+    estimates: Sequence[Estimate], count: int, within: float = 0.3
+) -> list[tuple[Estimate, dict[int, str]]]:
+    """Of several predictors, with their chains, those whose best mask of ``count`` computed steps has an
+    estimate ``within`` so much of the least one, best first."""
+    chains = sorted(((e, e.chain(count)) for e in estimates), key=lambda pair: pair[0](pair[1][count]))
+    least = chains[0][0](chains[0][1][count])
+    return [(e, chain) for e, chain in chains if e(chain[count]) <= least + within]

@@ -65,7 +65,7 @@ class Recorder(Engine):
         self.session = Session(work.tape.event)
         self._work = work
 
-    def _compile(self, captured: Captured) -> Compiled:
+    def _compile(self, captured: Captured, given: Mapping[str, Tensor]) -> Compiled:
         if not any(i.role == "timestep" for i in captured.program.inputs):
             raise BadInput(
                 "this model has no timestep input, so its steps cannot be told apart; pass "

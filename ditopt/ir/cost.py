@@ -14,14 +14,7 @@ from torch import fx
 
 from ditopt._torch import int_mm
 from ditopt.ir.program import Function, Program, callee, is_call
-from ditopt.ops import (
-    attention,
-    block_sparse_attention,
-    int8_linear,
-    linear_attention,
-    packed_linear,
-    select_blocks,
-)
+from ditopt.ops import attention, block_sparse_attention, int8_linear, linear_attention, packed_linear, select_blocks
 from ditopt.ops.block_sparse_attention import blocks
 from ditopt.ops.call_module import BODIES, call_module
 

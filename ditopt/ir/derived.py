@@ -57,9 +57,7 @@ class Derived:
         self.e.drop_dead()
         function = self.e.function()
         memo = Memo(self.name, function.name, (), tuple(self._kept.values()), "request")
-        return program.replace(
-            functions={**program.functions, function.name: function}, memos=(*program.memos, memo)
-        )
+        return program.replace(functions={**program.functions, function.name: function}, memos=(*program.memos, memo))
 
 
 class Reads:

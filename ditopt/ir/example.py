@@ -98,9 +98,7 @@ def grid_dit(rows: int = 16, columns: int = 16, blocks: int = 2) -> Program:
     return b.program(b(aten.reshape.default, b(aten.transpose.int, x, 1, 2), [ROWS, WIDTH, rows, columns]))
 
 
-def _block(
-    b: Builder, x: fx.Node, cond: fx.Node, name: str, turn: fx.Node | None, tokens: int = TOKENS
-) -> fx.Node:
+def _block(b: Builder, x: fx.Node, cond: fx.Node, name: str, turn: fx.Node | None, tokens: int = TOKENS) -> fx.Node:
     scale = b(aten.unsqueeze.default, b(aten.linear.default, cond, b.param(f"{name}.scale", WIDTH, WIDTH)), 1)
     gate = b(aten.unsqueeze.default, b(aten.linear.default, cond, b.param(f"{name}.gate", WIDTH, WIDTH)), 1)
     y = b(aten.mul.Tensor, b(aten.layer_norm.default, x, [WIDTH]), b(aten.add.Tensor, scale, 1))

@@ -116,9 +116,7 @@ class Fusing:
         if any(n.meta["val"].dtype is not x.meta["val"].dtype for n in extras):
             return
         given = [*more, *(None, None, 1e-5)[len(more) :]][:3]
-        made = self.e.op(
-            norm_quantize, x, args[1], *given, scale, shift, at=node, region=str(node.meta["region"])
-        )
+        made = self.e.op(norm_quantize, x, args[1], *given, scale, shift, at=node, region=str(node.meta["region"]))
         self.e.replace(node, made)
         self.count += 1
 
@@ -135,7 +133,7 @@ def _activation(node: fx.Node) -> str:
 
 
 def _other(user: fx.Node, node: fx.Node, target: Any) -> fx.Node | None:
-    """The other operand of ``user``, a sum or a product of two tensors of which ``node`` has the shape of the result."""
+    """The other operand of ``user``, a sum or product of two tensors of which ``node`` has the shape of the result."""
     args: Any = user.args
     if user.target is not target or user.kwargs or len(args) != 2 or not all(isinstance(a, fx.Node) for a in args):
         return None
@@ -148,8 +146,7 @@ def _parts(node: fx.Node, targets: tuple[Any, ...]) -> tuple[Any, Any]:
     """The operand of ``node`` that one of ``targets`` made and that nothing else reads, and the other one."""
     args: Any = node.args
     for mine, other in (args, args[::-1]):
-        if isinstance(mine, fx.Node) and mine.target in targets and isinstance(other, fx.Node):
-            if _only_user(mine) is not None:
-                return mine, other
+        both = isinstance(mine, fx.Node) and isinstance(other, fx.Node)
+        if both and mine.target in targets and _only_user(mine) is not None:
+            return mine, other
     return None, None
-

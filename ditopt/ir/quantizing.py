@@ -120,7 +120,9 @@ def _layers(
             why[reason] += 1
         else:
             yield found
-    out.refused += [f"{n} linear layer{'s' if n > 1 else ''} of {body.name} stay: {reason}" for reason, n in why.items()]
+    out.refused += [
+        f"{n} linear layer{'s' if n > 1 else ''} of {body.name} stay: {reason}" for reason, n in why.items()
+    ]
 
 
 def _why_not(found: Layer, scheme: QuantScheme) -> str:

@@ -121,8 +121,7 @@ def _find(function: Function, binding: Mapping[fx.Node, Binding]) -> Iterator[_R
             yield _Raw(query, key, soft and args[3] is not None, soft and bool(args[5]), spelling, frozenset({node}))
         elif node.target is block_sparse_attention:
             query, key = (Operand(a, tuple(range(a.meta["val"].ndim))) for a in node.args[:2])
-            masked = [*node.args, None, None][5] is not None
-            yield _Raw(query, key, masked, False, "block-sparse", frozenset({node}))
+            yield _Raw(query, key, [*node.args, None, None][5] is not None, False, "block-sparse", frozenset({node}))
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ class SlidingTile:
 
 @dataclass(frozen=True)
 class Selector:
-    """"topk": ``share`` of each row's blocks. "topp": as many as hold ``share`` of its draft. "head": ``share`` of all
-    entries of a draft, over all rows. ``longest``: at most this part of the blocks in a list; lists have that length."""
+    """ "topk": ``share`` of each row's blocks. "topp": as many as hold ``share`` of its draft. "head": ``share`` of all
+    entries of a draft, over all rows. ``longest``: the most of all blocks in a list; lists are so long."""
 
     kind: Literal["topk", "topp", "head"] = "topk"
     share: float = 1.0
@@ -136,7 +136,7 @@ def inverse(order: Tensor) -> Tensor:
 
 
 def boxed(grid: Grid, density: float) -> Grid:
-    """The sizes of the largest box, about of the grid's own shape, with at most ``density`` of it (one place at least)."""
+    """The sizes of the largest box, about of the grid's shape, with at most ``density`` of it (one place at least)."""
     size = [max(1, int(n * density ** (1 / len(grid)))) for n in grid]
     most = density * math.prod(grid) + 1e-9
     while True:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from ditopt.ir.edit import Editor, fake_of, prune
-from ditopt.ir.placed import Followed, Placed, by_body
 from ditopt.ir.modules import name_of
+from ditopt.ir.placed import Followed, Placed, by_body
 from ditopt.ir.program import Formal, Function, Program, Region, TensorType, call_args, callee, formal, is_call
 from ditopt.ir.regions import describe
 from ditopt.ir.sparse import (
@@ -66,8 +66,8 @@ class _Side:
 
 
 class Sparsify:
-    """Works on ``program``; ``auto``: the grid chooses the tile; ``grid``: of tokens whose grid the graph does not show.
-    ``kind``: of the attention that is rewritten ("": any). ``refused`` and ``notes`` are for the Outcome."""
+    """Works on ``program``; ``auto``: the grid chooses the tile; ``grid``: of tokens whose grid the graph does not
+    show; ``kind``: of the attention that is rewritten ("": any). ``refused`` and ``notes`` are for the Outcome."""
 
     def __init__(self, program: Program, attn: SparseAttn, auto: bool, grid: Grid, origin: str, kind: str = "") -> None:
         self.program = program
@@ -334,7 +334,8 @@ class Sparsify:
                 args = [*call_args(at), *(actuals[r] for r in changed[name][1])]
                 outs = e.call(name, args, at.meta["val"], at, str(at.meta["region"]))
                 for old in list(at.users):
-                    e.replace(old, outs[int(old.args[1])])  # type: ignore[call-overload]
+                    item: Any = old.args[1]
+                    e.replace(old, outs[item])
             e.drop_dead(formals=False)
         functions = {**program.functions, **{n: f for n, (f, _) in changed.items()}, program.entry: e.function()}
         self.program = describe(prune(program.replace(functions=functions, params={**program.params, **self._params})))

@@ -221,14 +221,12 @@ def _bias(
     return found if kept is None else emit(aten.where.ScalarOther, kept, found, -math.inf)
 
 
-def _attend(
-    emit: Callable[..., Any], q: Any, k: Any, v: Any, bias: Any, scale: float, lse: bool
-) -> tuple[Any, Any]:
+def _attend(emit: Callable[..., Any], q: Any, k: Any, v: Any, bias: Any, scale: float, lse: bool) -> tuple[Any, Any]:
     """Attention of (batch, blocks, rows, channels), and its LSE where asked for.
 
     Two products around a softmax beat the fused CPU kernel in bfloat16, and with a mask in float32; in float16 the
     products have no fast kernel."""
-    dtype, device = _type(q)
+    dtype = _type(q)[0]
     explicit = dtype is torch.bfloat16 or (dtype is torch.float32 and bias is not None)
     if not explicit and not lse:
         return emit(aten.scaled_dot_product_attention.default, q, k, v, bias, scale=scale), None

@@ -109,7 +109,12 @@ def check(
     residual: Tensor | None = None,
 ) -> Tensor:
     """The result without values; ValueError where the operands do not fit."""
-    if values.dtype not in (torch.int8, torch.uint8) or weight.dtype is not torch.int8 or weight.ndim != 2 or values.ndim < 2:
+    if (
+        values.dtype not in (torch.int8, torch.uint8)
+        or weight.dtype is not torch.int8
+        or weight.ndim != 2
+        or values.ndim < 2
+    ):
         raise ValueError(
             f"int8_linear takes values (*B, K) and a weight (N, K), both int8; given {values.dtype}{list(values.shape)}"
             f" and {weight.dtype}{list(weight.shape)}"

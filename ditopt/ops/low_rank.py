@@ -23,9 +23,7 @@ _library.define("low_rank(Tensor weight, int rank, int bits, int group=0, int ro
 low_rank = torch.ops.ditopt.low_rank.default
 
 
-def types(
-    weight: Tensor, rank: int, bits: int, group: int = 0, rounds: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
+def types(weight: Tensor, rank: int, bits: int, group: int = 0, rounds: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """The results without values; ValueError for a rank that the weight does not have."""
     if weight.ndim != 2 or not 1 <= rank <= min(weight.shape):
         raise ValueError(f"low_rank: a weight {list(weight.shape)} has no {rank} directions")
@@ -34,9 +32,7 @@ def types(
     return down, up, weight.new_empty(rows, width, dtype=torch.float32)
 
 
-def reference(
-    weight: Tensor, rank: int, bits: int, group: int = 0, rounds: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
+def reference(weight: Tensor, rank: int, bits: int, group: int = 0, rounds: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """What the formula says."""
     types(weight, rank, bits, group, rounds)
     wide = weight.double()

@@ -12,8 +12,8 @@ each group of ``group`` numbers in a row; group 0 is the whole row, scale (*B, 1
 
 ``packed`` (4 bits, even K) stores values (*B, K/2) uint8: value + 8, two in a byte, the even one in the low half.
 ``quantize_unsigned`` is quantize(x, 8) with values + OFFSET as uint8: x86 and onnxruntime multiply unsigned by signed
-bytes faster. ``dequantize`` is values * scale in float32, then ``dtype``. Integers of products are ``ditopt::int8_linear``'s; written
-out, the two are what quantization does to a program, on any backend.
+bytes faster. ``dequantize`` is values * scale in float32, then ``dtype``. Integers of products are those of
+``ditopt::int8_linear``; written out, the two are what quantization does to a program, on any backend.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quantized steps against what else runs on a CPU: python -m examples.bench.quantize [--out examples/bench/quantize.csv].
+"""Quantized steps against what else runs on a CPU: python -m examples.bench.quantize [--out quantize.csv].
 
 One step of a DiT (diffusers, random weights) of the width of DiT-B, 768, on 1024 tokens, on one thread:
 

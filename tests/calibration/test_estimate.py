@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ditopt
-from ditopt.calibration.estimate import Estimate, best_order, grown, leverage, moved
+from ditopt.calibration.estimate import Estimate, best_orders, grown, leverage, moved
 from ditopt.calibration.profile import Profile
 from ditopt.calibration.sources.searched import refined
 from ditopt.calibration.trial import Trials, Worth
@@ -96,9 +96,10 @@ def test_the_chain_finds_the_best_masks():
 def test_the_order_is_chosen_by_what_it_is_worth():
     curve = (TIMES[None, :, None, None] / 1000) ** 2 * RNG.normal(size=(3, 1, 6, 2))
     estimates = [Estimate.of(profile(curve), Predictor("lagrange", order, "timestep")) for order in (1, 2)]
-    chosen, chain = best_order(estimates, 5)
+    ((chosen, chain),) = best_orders(estimates, 5)
     assert chosen.predictor.order == 2  # the parabola through three values is exact
     assert chosen(chain[5]) < -20
+    assert [e.predictor.order for e, _ in best_orders(estimates, 5, within=1e3)] == [2, 1]
     with pytest.raises(BadInput, match="predictor=foca depends on what it predicted"):
         Estimate.of(profile(), Predictor("foca"))
 

@@ -8,10 +8,10 @@ from typing import Any
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "Triton chooses between interpreting and compiling at its import"
 
-import torch
+import torch  # noqa: E402
 
-from ditopt.codegen.triton.block_sparse_attention import block_sparse_attention
-from ditopt.ops.block_sparse_attention import blocks, reference_lse
+from ditopt.codegen.triton.block_sparse_attention import block_sparse_attention  # noqa: E402
+from ditopt.ops.block_sparse_attention import blocks, reference_lse  # noqa: E402
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 

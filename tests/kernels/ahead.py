@@ -1,7 +1,7 @@
 """Run by test_int8_linear.py in a process of its own: compiles the kernel ahead of time for GPUs that are not there.
 
-Prints one line of JSON for each GPU and tile that it is launched with: their name, the registers spilled (or bytes of stack), shared memory, and whether the
-instruction that multiplies int8 matrices there is in the code.
+Prints one line of JSON for each GPU and tile that it is launched with: their name, the registers spilled (or bytes of
+stack), shared memory, and whether the instruction that multiplies int8 matrices there is in the code.
 """
 
 import json

@@ -11,16 +11,30 @@ from ditopt.codegen.triton.int8_linear import launch
 from ditopt.ops.int8_linear import reference
 
 CASES = {
-    "one row": dict(shape=(1, 1, 16), columns=16),
-    "odd": dict(shape=(2, 19, 37), columns=45, bias=True, gate="sample", residual=True, activation="gelu"),
-    "two dimensions": dict(shape=(33, 70), columns=17, bias=True),
-    "four dimensions": dict(shape=(2, 2, 5, 40), columns=24, gate="full", residual=True),
-    "relu": dict(shape=(1, 40, 48), columns=33, activation="relu", residual=True),
-    "silu": dict(shape=(1, 40, 48), columns=33, activation="silu", gate="column"),
-    "gelu_tanh": dict(shape=(1, 40, 48), columns=33, activation="gelu_tanh", bias=True),
-    "strided residual": dict(shape=(2, 9, 32), columns=20, residual=True, strided=True),
-    "half": dict(shape=(2, 19, 64), columns=31, bias=True, dtype=torch.float16, gate="sample", residual=True),
-    "larger than a tile": dict(shape=(1, 70, 100), columns=70, bias=True, blocks=(32, 32, 32)),
+    "one row": {"shape": (1, 1, 16), "columns": 16},
+    "odd": {
+        "shape": (2, 19, 37),
+        "columns": 45,
+        "bias": True,
+        "gate": "sample",
+        "residual": True,
+        "activation": "gelu",
+    },
+    "two dimensions": {"shape": (33, 70), "columns": 17, "bias": True},
+    "four dimensions": {"shape": (2, 2, 5, 40), "columns": 24, "gate": "full", "residual": True},
+    "relu": {"shape": (1, 40, 48), "columns": 33, "activation": "relu", "residual": True},
+    "silu": {"shape": (1, 40, 48), "columns": 33, "activation": "silu", "gate": "column"},
+    "gelu_tanh": {"shape": (1, 40, 48), "columns": 33, "activation": "gelu_tanh", "bias": True},
+    "strided residual": {"shape": (2, 9, 32), "columns": 20, "residual": True, "strided": True},
+    "half": {
+        "shape": (2, 19, 64),
+        "columns": 31,
+        "bias": True,
+        "dtype": torch.float16,
+        "gate": "sample",
+        "residual": True,
+    },
+    "larger than a tile": {"shape": (1, 70, 100), "columns": 70, "bias": True, "blocks": (32, 32, 32)},
 }
 
 
@@ -40,7 +54,8 @@ def error(shape, columns, bias=False, gate="", residual=False, strided=False, dt
     activation, blocks = more.pop("activation", "none"), more.pop("blocks", (32, 32, 32))
     operands = (values, scale, weight, weight_scale, b, dtype, activation, gated, added)
     found, wanted = launch(*operands, blocks=blocks), reference(*operands)
-    assert found.dtype is wanted.dtype and found.shape == wanted.shape
+    assert found.dtype is wanted.dtype
+    assert found.shape == wanted.shape
     return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
 
 

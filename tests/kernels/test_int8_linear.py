@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-
 ROOT = Path(__file__).parents[2]
 
 FAR = {"half": 2e-3}
@@ -22,7 +21,12 @@ def lines(module: str, **environment: str) -> list[list[object]]:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run(
-        [sys.executable, "-m", f"tests.kernels.{module}"], capture_output=True, text=True, env=env, cwd=ROOT, timeout=300
+        [sys.executable, "-m", f"tests.kernels.{module}"],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=ROOT,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

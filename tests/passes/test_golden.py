@@ -1,13 +1,15 @@
 """Golden text: what each pass makes of a small program, as a file to read and to review.
 
-A file holds ``# RUN: <recipe>`` (``# RUN within <error>: <recipe>`` for one that rounds), a program, ``# ----``, the program after the recipe (``# unchanged`` where it is),
-and what the last pass said: ``# applied: n`` and ``# refused: <sentence>`` lines. ``pytest --update-golden`` rewrites
-the second half of each; a new file needs the RUN line and a program.
+A file holds ``# RUN: <recipe>`` (``# RUN within <error>: <recipe>`` for one that rounds), a program, ``# ----``, the
+program after the recipe (``# unchanged`` where it is), and what the last pass said: ``# applied: n`` and
+``# refused: <sentence>`` lines. ``pytest --update-golden`` rewrites the second half of each; a new file needs the RUN
+line and a program.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -25,14 +27,14 @@ _WITHIN = re.compile(r"# RUN within ([\d.]+): ")
 _PARAM = re.compile(r'Param\("([^"]+)", f32\[([\d, ]*)\]\)')
 
 
-def parse(text: str) -> Program:
-    """The program of a text, with made-up weights."""
+def parse(text: str, constants: Mapping[str, torch.Tensor] | None = None) -> Program:
+    """The program of a text, with made-up weights, and with the ``constants`` that a pass made."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randn([int(s) for s in shape.split(",") if s.strip()], generator=generator) * 0.4
         for name, shape in _PARAM.findall(text)
     }
-    return parse_program(text, tensors)
+    return parse_program(text, {**(constants or {}), **tensors})
 
 
 def read(path: Path) -> tuple[str, str, str]:
@@ -67,10 +69,10 @@ def test_golden(path, request):
 def test_both_halves_compute_the_same(path):
     """Undecided, every program here computes what it did before; what rounds is as far off as its file says."""
     within = _WITHIN.match(path.read_text())
-    _, text, expected = read(path)
+    recipe, text, expected = read(path)
     before = parse(text)
     program = re.sub(r"^# (applied|refused): .*\n", "", expected, flags=re.M)
-    after = before if program.startswith("# unchanged") else parse(program)
+    after = before if program.startswith("# unchanged") else parse(program, PassManager(recipe).run(before)[-1].program.params)
     inputs = random_inputs(before)
     (a,), (b,) = run_program(before, inputs)[0], run_program(after, inputs)[0]
     assert a.isfinite().all()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from ditopt.calibration.estimate import Estimate, best_order, grown, moved
+from ditopt.calibration.estimate import Estimate, best_orders, grown, moved
 from ditopt.calibration.profile import Profile
 from ditopt.calibration.search import best_mask
 from ditopt.calibration.trial import Trials, Worth
@@ -30,10 +30,7 @@ def search(trials: Callable[[str], Trials], profile: Profile, parameters: Mappin
     orders = [int(parameters["order"])] if int(parameters["order"]) else [1, 2, 3]
     if region == "model":
         estimates = [Estimate.of(profile, Predictor("lagrange", order, "timestep")) for order in orders]
-        estimate, chain = best_order(estimates, count)
-        with trials(_text(region, estimate.predictor.order)) as trial:
-            mask = refined(trial, estimate, list(chain.values()), count, most, seconds)
-        return _text(region, estimate.predictor.order, mask)
+        return _forecast(trials, best_orders(estimates, count), count, most, seconds)
     found: list[tuple[float, str]] = []
     for order in orders[:2]:
         with trials(_text(region, order)) as trial:
@@ -47,6 +44,30 @@ def search(trials: Callable[[str], Trials], profile: Profile, parameters: Mappin
             )
         found.append((error, _text(region, order, mask)))
     return min(found)[1]
+
+
+def _forecast(
+    trials: Callable[[str], Trials],
+    chains: Sequence[tuple[Estimate, dict[int, str]]],
+    count: int,
+    most: int,
+    seconds: float,
+) -> str:
+    """The best order and mask. Orders whose estimates are close are run once each; high ones with few computed steps
+    answer to errors more than an estimate sees."""
+    began, used = time.monotonic(), 0
+    if len(chains) > 1:
+        worth = []
+        for i, (estimate, chain) in enumerate(chains):
+            with trials(_text("model", estimate.predictor.order)) as trial:
+                worth.append((trial({next(iter(trial.decisions)): chain[count]}).error, i))
+        used, chains = len(chains), [chains[min(worth)[1]]]
+    ((estimate, chain),) = chains
+    left = max(1, most - used) if most else 0
+    with trials(_text("model", estimate.predictor.order)) as trial:
+        seconds = max(0.0, seconds - (time.monotonic() - began))
+        mask = refined(trial, estimate, list(chain.values()), count, left, seconds)
+    return _text("model", estimate.predictor.order, mask)
 
 
 def refined(
