@@ -13,7 +13,7 @@ from ditopt.artifact import Plan, StepGraph
 from ditopt.errors import DitoptWarning, SessionError
 from ditopt.ir.program import Interval, TensorType
 from ditopt.runtime.memo import Memos
-from ditopt.runtime.policy import Schedule, fit, schedule_of
+from ditopt.runtime.policy import Schedule, fit, schedule, schedule_of
 
 _AGAIN = "optimize the model again for these inputs"
 

@@ -221,12 +221,12 @@ def table(
 
 def distinct(decisions: Sequence[Decision], steps: int) -> list[Mapping[str, str]]:
     """The combinations of choices that a request of ``steps`` steps takes, the most frequent first."""
-    columns = [_choices(schedule_of(d, steps), steps) for d in decisions]
+    columns = [planned(schedule_of(d, steps), steps) for d in decisions]
     rows = Counter(zip(*columns, strict=True))
     return [dict(zip([d.name for d in decisions], row, strict=True)) for row, _ in rows.most_common()]
 
 
-def _choices(rule: Schedule, steps: int) -> list[str]:
+def planned(rule: Schedule, steps: int) -> list[str]:
     """What a branch that is called at every step does."""
     anchors: list[Anchor] = []
     out = []

@@ -4,8 +4,8 @@ outputs are those of the transcription of the paper, which the tests of recipes 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch._dynamo import config as dynamo_config
@@ -72,7 +72,7 @@ def test_inductor():
 @pytest.mark.parametrize("name", ["teacache", "dbcache_behind_the_join"])
 def test_torch_compile(name):
     torch.compiler.reset()
-    options = {"recipe": TWO[name].recipe, "target": "eager", "steps": STEPS}
+    options: Any = {"recipe": TWO[name].recipe, "target": "eager", "steps": STEPS}
     fast = torch.compile(model(), backend="ditopt", fullgraph=True, options=options)
     before = len(dynamo.engines)
     request(drive(fast), stop=1)
@@ -90,5 +90,4 @@ def test_onnxruntime_with_guidance_by_two_calls(tmp_path):
         loaded = ditopt.load(path)
         agrees("firstblock", loaded, loaded.session)
         rows = loaded.session.schedule_rows
-        assert [[r.graph for r in rows if r.branch == b] for b in (0, 1)][0] != [r.graph for r in rows if r.branch == 1]
-        assert np.isfinite(wanted(TWO["firstblock"])[1]).all()
+        assert [r.graph for r in rows if r.branch == 0] != [r.graph for r in rows if r.branch == 1]
