@@ -300,6 +300,13 @@ def distinct(decisions: Sequence[Decision], steps: int) -> list[Mapping[str, str
     return [dict(row) for row, _ in rows.most_common()]
 
 
+def planned(decision: Decision, steps: int) -> list[str]:
+    """What ``decision`` alone chooses at each step of a branch that is called at every one; where it looks at the model's
+    time, as if all of them were inside."""
+    alone = replace(decision, schedule=replace(decision.schedule, low=0.0, high=0.0))
+    return [choices[decision.name] for _, choices, _ in _walk([alone], steps)]
+
+
 def needed(decision: Decision, rule: Schedule, step: int) -> int | None:
     """How many of the newest computed values a later step may still read, after ``step``; None where that depends on
     what the request measures, or on how long it is.
