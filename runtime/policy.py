@@ -301,8 +301,8 @@ def distinct(decisions: Sequence[Decision], steps: int) -> list[Mapping[str, str
 
 
 def planned(decision: Decision, steps: int) -> list[str]:
-    """What ``decision`` alone chooses at each step of a branch that is called at every one; where it looks at the model's
-    time, as if all of them were inside."""
+    """What ``decision`` alone chooses at each step of a branch that is called at every one; where it looks at the
+    model's time, as if all of them were inside."""
     alone = replace(decision, schedule=replace(decision.schedule, low=0.0, high=0.0))
     return [choices[decision.name] for _, choices, _ in _walk([alone], steps)]
 

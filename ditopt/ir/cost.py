@@ -62,10 +62,11 @@ def _attention(node: fx.Node) -> int:
 def _sparse_attention(node: fx.Node) -> int:
     """Of what is gathered: full lists, whole blocks."""
     query, key, value, index = (_shape(a) for a in node.args[:4])
-    block_q, block_k, dense_q, dense_k = node.args[7:11]
-    rows = blocks(query[-2], dense_q, block_q) * block_q  # type: ignore[arg-type, operator]
-    seen = index[-1] * block_k + sum(dense_k)  # type: ignore[arg-type, operator]
-    scores = rows * seen + sum(dense_q) * key[-2]  # type: ignore[arg-type]
+    sizes: Any = node.args[7:11]
+    block_q, block_k, dense_q, dense_k = sizes
+    rows = blocks(query[-2], dense_q, block_q) * block_q
+    seen = index[-1] * block_k + sum(dense_k)
+    scores = rows * seen + sum(dense_q) * key[-2]
     return 2 * math.prod(query[:-2]) * scores * (query[-1] + value[-1])
 
 

@@ -74,11 +74,11 @@ def _spell(function: Function, formals: bool) -> Function:
                 return made
 
             if node.target is select_blocks:
-                for user, new in zip(range(2), open_draft(emit, *node.args, **node.kwargs), strict=True):  # type: ignore[arg-type]
+                for user, new in zip(range(2), open_draft(emit, *node.args, **node.kwargs), strict=True):
                     for item in [u for u in node.users if u.args[1] == user]:
                         item.replace_all_uses_with(new)
                 continue
-            value = open_sparse(emit, *node.args, rows=_rows(node), **node.kwargs)  # type: ignore[arg-type]
+            value = open_sparse(emit, *node.args, rows=_rows(node), **node.kwargs)
             if not value.meta["val"].is_contiguous():
                 value = emit(aten.clone.default, value, memory_format=torch.contiguous_format)
             node.replace_all_uses_with(value)

@@ -149,7 +149,8 @@ class Reorder:
                 for p in others:
                     if p not in ways:
                         ways[p] = follow(self._program, body, {p: source(p.meta["val"].shape)})
-                froms = [(p, ways[p][operand][axis]) for p in others if operand in ways[p] and ways[p][operand][axis].axes]
+                held = [p for p in others if operand in ways[p]]
+                froms = [(p, ways[p][operand][axis]) for p in held if ways[p][operand][axis].axes]
                 if not froms:
                     raise Refused(f"{node.target} combines tokens with positions whose origin the graph does not show")
                 for p, dim in froms:
@@ -241,7 +242,8 @@ class _Put:
         """``made`` in the memory layout of ``value``."""
         if TensorType.of(made.meta["val"]) == TensorType.of(value):
             return made
-        order = sorted(range(value.ndim), key=lambda d: (-value.stride(d), d))
+        strides = value.stride()
+        order = sorted(range(value.ndim), key=lambda d: (-strides[d], d))
         turned = self._e.op(aten.permute.default, made, order, after=made)
         dense = self._e.op(aten.clone.default, turned, memory_format=torch.contiguous_format, after=turned)
         back = [order.index(d) for d in range(value.ndim)]

@@ -1,8 +1,8 @@
 """Block-sparse attention against dense kernels on a CPU: python -m examples.bench.attention [--out FILE.csv].
 
-One thread, 6 heads of 64 channels, blocks of 128: the operator ``ditopt::block_sparse_attention`` over random lists, torch's
-fused attention, and dense attention as products around a softmax, 256 queries at a time (the fastest dense one in
-bfloat16). CPU time, medians over rounds that take turns; only ratios are told.
+One thread, 6 heads of 64 channels, blocks of 128: the operator ``ditopt::block_sparse_attention`` over random lists,
+torch's fused attention, and dense attention as products around a softmax, 256 queries at a time (the fastest dense one
+in bfloat16). CPU time, medians over rounds that take turns; only ratios are told.
 """
 
 from __future__ import annotations

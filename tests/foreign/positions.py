@@ -76,6 +76,8 @@ def packed_call(step: int, seed: int) -> Call:
 class WindowedBlock(nn.Module):
     """Attention in windows of 4 x 4 tokens with a learned bias for each distance, every second time shifted."""
 
+    distance: Tensor
+
     def __init__(self, width: int, shift: int, size: int = 4, heads: int = 2) -> None:
         super().__init__()
         self.shift, self.size, self.heads = shift, size, heads

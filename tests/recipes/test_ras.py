@@ -31,10 +31,13 @@ FULL = {0, 1, 2, 3, round(0.4 * STEPS), round(0.73 * STEPS)}
 class Transcription:
     """``Small`` on all tokens, or on those of each row in ``chosen``."""
 
+    told: torch.Tensor
+    patches: torch.Tensor
+
     def __init__(self, model, starvation=0.1, high=1.0, ratio=0.5):
         self.model, self.starvation, self.high = model, starvation, high
         self.count = int(GRID * GRID * ratio)
-        self.kept, self.told, self.drops, self.chosen = {}, None, np.zeros((BATCH, GRID * GRID)), []
+        self.kept, self.drops, self.chosen = {}, np.zeros((BATCH, GRID * GRID)), []
 
     def blocks(self, x, c, ids):
         for i, b in enumerate(self.model.blocks):

@@ -138,7 +138,8 @@ def test_longest_bounds_the_lists_of_a_head():
 def test_another_recipe_fails():
     swapped = "sliding_tile{block=16,tile=4x4,window=3x3}"
     assert masked(swapped, draft(0.2, "row")) > 1e-3
-    assert masked("draft_attention{block=16,tile=4x4,density=0.2,selector=topk,region=blocks}", sliding_tile((3, 3))) > 1e-3
+    other = "draft_attention{block=16,tile=4x4,density=0.2,selector=topk,region=blocks}"
+    assert masked(other, sliding_tile((3, 3))) > 1e-3
 
 
 def test_window_attention_sees_every_block_that_the_window_touches():
