@@ -125,7 +125,7 @@ def _open(function: Function, target: str, formals: bool) -> Function:
             made = (_unsigned if _wants_unsigned(node, target) else _OPEN[node.target])(emit, node)
             if isinstance(made, tuple):
                 for user in list(node.users):
-                    user.replace_all_uses_with(made[user.args[1]])  # type: ignore[index]
+                    user.replace_all_uses_with(made[user.args[1]])
             else:
                 node.replace_all_uses_with(made)
         e.drop_dead(formals)
@@ -142,9 +142,10 @@ def _wants_unsigned(node: fx.Node, target: str) -> bool:
 
 
 def _unsigned(emit: Any, node: fx.Node) -> Any:
-    x: Any = node.args[0]
+    args: Any = node.args
+    x = args[0]
     if node.target is norm_quantize:
-        x = modulated(emit, x, *node.args[2:], width=_shape(x)[-1])
+        x = modulated(emit, x, *args[2:], width=_shape(x)[-1])
     made = emit(quantize_unsigned, x)
     return emit(operator.getitem, made, 0), emit(operator.getitem, made, 1)
 
@@ -158,26 +159,31 @@ def _shape(node: Any) -> tuple[int, ...]:
 
 
 def _quantize(emit: Any, node: fx.Node) -> Any:
-    return decompose_quantize(emit, *node.args, shape=_shape(node.args[0]))
+    args: Any = node.args
+    return decompose_quantize(emit, *args, shape=_shape(args[0]))
 
 
 def _norm_quantize(emit: Any, node: fx.Node) -> Any:
-    return open_norm_quantize(emit, *node.args, shape=_shape(node.args[0]))
+    args: Any = node.args
+    return open_norm_quantize(emit, *args, shape=_shape(args[0]))
 
 
 def _dequantize(emit: Any, node: fx.Node) -> Any:
-    groups = _shape(node.args[1])[-1]
-    return decompose_dequantize(emit, *node.args, shape=_shape(node), groups=groups)
+    args: Any = node.args
+    groups = _shape(args[1])[-1]
+    return decompose_dequantize(emit, *args, shape=_shape(node), groups=groups)
 
 
 def _int8_linear(emit: Any, node: fx.Node) -> Any:
-    return open_int8_linear(emit, *node.args, shape=_shape(node.args[0]))
+    args: Any = node.args
+    return open_int8_linear(emit, *args, shape=_shape(args[0]))
 
 
 def _packed_linear(emit: Any, node: fx.Node) -> Any:
-    x, values, scale, *bias = node.args
+    args: Any = node.args
+    x, values, scale, *bias = args
     shape = (_shape(values)[0], _shape(x)[-1])
-    dtype = x.meta["val"].dtype  # type: ignore[union-attr]
+    dtype = x.meta["val"].dtype
     return open_packed_linear(emit, x, values, scale, *bias, dtype=dtype, shape=shape, groups=_shape(scale)[-1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ditopt.capture import Captures, arguments_of, bind, capture, seal
 from ditopt.codegen.build import describe, export
 from ditopt.codegen.lower import lower, lower_memos
 from ditopt.engine import Engine, describe_for, rewrite, schedule_of, variants
-from ditopt.errors import BadInput
+from ditopt.errors import BadInput, DitoptWarning
 from ditopt.ir.fold import fold_constants
 from ditopt.ir.program import Role
 from ditopt.offload import loaded
@@ -124,7 +125,11 @@ def _explained(
     captured = captures.take(*bind(model, args, kwargs))
     name = resolve(target, next((p.device for p in model.parameters()), torch.device("cpu")))
     history = PassManager(recipe, Context(name, steps)).run(captured.program)
-    return explanation(captured.program, history, name, captured.notes)
+    final = history[-1].program if history else captured.program
+    with warnings.catch_warnings():  # of graphs that a target does not get: optimize says so
+        warnings.simplefilter("ignore", DitoptWarning)
+        rows = variants(final, name, steps)
+    return explanation(captured.program, history, name, captured.notes, steps, rows)
 
 
 def export_onnx(

@@ -11,9 +11,10 @@ from ditopt.artifact import StepGraph
 from ditopt.codegen.claims import claims
 from ditopt.codegen.lower import lower, lower_memos
 from ditopt.codegen.probe import NAME as PROBE
+from ditopt.footprint import held_bytes, live_slots
 from ditopt.ir.binding import Binding, bind
 from ditopt.ir.cost import flops, step_flops
-from ditopt.ir.program import Decision, Program, Region, Rule, StateSlot, Stream, TensorType, formal
+from ditopt.ir.program import Decision, Program, Region, Rule, Stream, TensorType, formal
 from ditopt.ir.signals import SIGNALS
 from ditopt.ir.sites import AttentionSite, attention_sites
 from ditopt.pipeline import PassResult
@@ -22,10 +23,18 @@ NEVER = "constant"
 """The name of what depends on no input."""
 
 
-def explanation(program: Program, history: Sequence[PassResult], target: str, capture: Sequence[str]) -> str:
+def explanation(
+    program: Program,
+    history: Sequence[PassResult],
+    target: str,
+    capture: Sequence[str],
+    steps: int | None = None,
+    rows: Sequence[Mapping[str, str]] | None = None,
+) -> str:
     """How the model was captured (the notes of ``capture``); inputs, structure, attention, binding times and costs of
     ``program`` (as captured, before any pass); what each pass of ``history`` applied and refused; of the last Program,
-    what is decided each step and how, and which graphs ``target`` runs."""
+    what is decided each step and how, which graphs ``target`` runs, and the state of a request of ``steps`` steps
+    (``rows``: the choices that have graphs)."""
     final = history[-1].program if history else program
     outlined = next((r.program for r in history if r.program.blocks()), program)
     parts = [
@@ -37,7 +46,7 @@ def explanation(program: Program, history: Sequence[PassResult], target: str, ca
         ("Passes", _passes(history)),
         ("Decisions", [line for d in final.decisions for line in decision_text(d)] or ["none"]),
         (f"Graphs on {target}", _graphs(final, target)),
-        ("State", _state(final)),
+        ("State", _state(final, steps, rows)),
     ]
     return "\n".join(f"{title}\n{_indent(lines)}" for title, lines in parts)
 
@@ -64,13 +73,6 @@ def count(value: float) -> str:
 def weight_bytes(program: Program, graph: StepGraph) -> int:
     """Bytes of the weights that a lowered graph reads."""
     return sum(program.params[f.ref].nbytes for f in graph.inputs if f.kind == "param" and f.ref in program.params)
-
-
-def live_slots(program: Program) -> list[StateSlot]:
-    """The slots that a Session will hold: those that some step graph reads. Those of lifetime "request" are held once
-    for each guidance branch."""
-    read = {f.ref for v in lower(program) for f in v.graph.inputs if f.kind == "state"}
-    return [s for s in program.state if s.name in read]
 
 
 def role_flops(outlined: Program) -> dict[str, int]:
@@ -335,13 +337,16 @@ def _graphs(program: Program, target: str) -> list[str]:
     return [*_columns(lines, right=(2, 3, 4, 5, 6)), *said]
 
 
-def _state(program: Program) -> list[str]:
-    slots = live_slots(program)
+def _state(program: Program, steps: int | None, rows: Sequence[Mapping[str, str]] | None) -> list[str]:
+    slots = live_slots(program, rows)
     lines = []
     for life, where in (("request", "a guidance branch"), ("model", "the model")):
         held = [s for s in slots if s.lifetime == life]
         if held:
-            lines.append(f"{size(sum(s.type.nbytes for s in held))} for {where} in {len(held)} slots")
+            total = sum(s.type.nbytes for s in held)
+            most = held_bytes(program.decisions, held, steps) if life == "request" else total
+            number = f"{len(held)} slots" if most == total else f"{len(held)} slots of {size(total)}, not all at once"
+            lines.append(f"{size(most)} for {where} in {number}")
     for memo in program.memos:
         values = [n.meta["val"] for n in program.functions[memo.function].results]
         bytes_ = sum(TensorType.of(v).nbytes for v in values)

@@ -64,8 +64,8 @@ class SelectTokens(Pass):
             raise RecipeError(f"select_tokens{{high={self.high}}}: expected a share from 0 to 1")
         if not all(re.fullmatch(r"\d+|\d+(\.\d+)?%", word) for word in self.resets.split()):
             raise RecipeError(
-                f"select_tokens{{resets={self.resets}}}: expected steps such as '12 22', or shares of the request such as "
-                "'40% 73%'"
+                f"select_tokens{{resets={self.resets}}}: expected steps such as '12 22', or shares of the request such "
+                "as '40% 73%'"
             )
         if set(self.mask) - {"0", "1"}:
             raise RecipeError(
@@ -103,7 +103,9 @@ class SelectTokens(Pass):
             return Outcome(program, 0, (f"a request of {context.steps} steps has no other than {dense}: give fewer",))
         selections = select_regions(program, self.region)
         if any(s.kind != "run" for s in selections):
-            raise RecipeError(f"select_tokens{{region={self.region}}}: name a run of blocks, such as blocks or blocks.2:-2")
+            raise RecipeError(
+                f"select_tokens{{region={self.region}}}: name a run of blocks, such as blocks or blocks.2:-2"
+            )
         blocks = [b for s in selections for b in s.blocks]
         try:
             scoring = Scoring(self.metric, self.starvation, self.high, self.share)

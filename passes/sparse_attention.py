@@ -123,9 +123,14 @@ class SparseAttention(Pass):
         return self.tile == "auto" or (self.tile == "default" and self.pattern != "window")
 
     def run(self, program: Program, context: Context) -> Outcome:
-        blocks = {b for s in select_regions(program, self.region) for b in s.ids}
-        work = Sparsify(program, self.attn, self.auto, read_grid(self.grid), self.name)
-        applied = work.apply({b.removesuffix(".attn") for b in blocks} if "model" not in blocks else None)
+        selections = select_regions(program, self.region)
+        kinds = {s.role.removeprefix("attn").removeprefix(".") for s in selections if s.ids}
+        if len(kinds) > 1:
+            said = f"{self.region} asks for several kinds of attention: give each a pass of its own"
+            return Outcome(program, 0, (said,))
+        work = Sparsify(program, self.attn, self.auto, read_grid(self.grid), self.name, kinds.pop())
+        whole = any(s.kind == "model" for s in selections)
+        applied = work.apply(None if whole else {b.id for s in selections for b in s.blocks})
         nothing = ("nothing attends in the blocks that were selected",)
         refused = tuple(work.refused) or (() if applied else nothing)
         return Outcome(work.program, applied, refused, tuple(work.notes))

@@ -102,8 +102,8 @@ def schedule(interval: Interval, steps: int | None, name: str = "cache") -> Sche
         )
     if "%" in interval.resets and steps is None:
         raise SessionError(
-            f"decision {name!r} computes at shares of the request ({interval.resets}), and the number of steps is unknown; "
-            "pass steps= to optimize or open a session with steps="
+            f"decision {name!r} computes at shares of the request ({interval.resets}), and the number of steps is "
+            "unknown; pass steps= to optimize or open a session with steps="
         )
     if interval.last and steps is None and interval.every != 1:
         warnings.warn(
@@ -298,6 +298,13 @@ def distinct(decisions: Sequence[Decision], steps: int) -> list[Mapping[str, str
     kinds = (False, True) if any(d.guidance == "calls" for d in decisions) else (False,)
     rows = Counter(tuple(row.items()) for leads in kinds for _, row, _ in _walk(inside, steps, leads=leads))
     return [dict(row) for row, _ in rows.most_common()]
+
+
+def planned(decision: Decision, steps: int) -> list[str]:
+    """What ``decision`` alone chooses at each step of a branch that is called at every one; where it looks at the model's
+    time, as if all of them were inside."""
+    alone = replace(decision, schedule=replace(decision.schedule, low=0.0, high=0.0))
+    return [choices[decision.name] for _, choices, _ in _walk([alone], steps)]
 
 
 def needed(decision: Decision, rule: Schedule, step: int) -> int | None:

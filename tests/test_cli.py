@@ -143,7 +143,7 @@ def test_recipes_lists_and_describes(capsys):
     assert "fitted" not in listed["fora"]
     code, out, _ = run(capsys, "recipes", "taylorseer")
     assert code == 0
-    for expected in ("arXiv 2503.06923", "interval=3", "order=3", "cache_interval", "predictor=taylor"):
+    for expected in ("arXiv 2503.06923", "interval=3", "order=3", "cache_interval", "basis=taylor", "newton"):
         assert expected in out
 
 

@@ -95,7 +95,12 @@ def fused_attention(model: Any) -> int:
             return put("Constant", [], value=ir.tensor(value, dtype=ir.DataType.INT64))
 
         scale = {"scale": node.attributes["scale"].value} if "scale" in node.attributes else {}
-        made = put("MultiHeadAttention", [flat(s) for s in sources], DOMAIN, num_heads=heads, **scale)
+        biased = [_biased(source) for source in sources]
+        given = [flat(source) for source in sources]
+        if all(biased):  # it copies its operands into its own layout anyway, and adds the bias of each meanwhile
+            given = [x for x, _ in biased]  # type: ignore[misc]
+            given.append(put("Concat", [bias for _, bias in biased], axis=0))  # type: ignore[misc]
+        made = put("MultiHeadAttention", given, DOMAIN, num_heads=heads, **scale)
         old = after[0].outputs[0]
         back = put("Reshape", [made, constant([int(n) for n in old.shape])])
         back.type, back.shape = old.type, old.shape
@@ -104,6 +109,21 @@ def fused_attention(model: Any) -> int:
             model.graph.remove(gone, safe=True)
         count += 1
     return count
+
+
+def _biased(source: Any) -> tuple[Any, Any] | None:
+    """The two summands of a sum (rows, tokens, channels) + (channels,) that ``source`` is a view of and alone reads."""
+    view = source.producer()
+    if view is None or view.op_type != "Reshape":
+        return None
+    add = view.inputs[0].producer()
+    if add is None or add.op_type != "Add" or len(view.inputs[0].uses()) != 1 or len(source.uses()) != 1:
+        return None
+    x, bias = add.inputs
+    wanted = int(source.shape[2]) * int(source.shape[3])
+    if any(v.shape is None for v in (x, bias)) or list(bias.shape) != [wanted] or len(x.shape) != 3:
+        return None
+    return (x, bias) if x.shape[-1] == wanted else None
 
 
 def _swaps_heads(node: Any) -> bool:

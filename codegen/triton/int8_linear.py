@@ -27,7 +27,7 @@ NUMBERS = {name: k for k, name in enumerate(ACTIVATIONS)}
 
 
 @triton.jit
-def kernel(
+def kernel(  # type: ignore[no-untyped-def]
     values,
     scale,
     weight,

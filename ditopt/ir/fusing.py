@@ -129,7 +129,8 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 def _activation(node: fx.Node) -> str:
     if node.target is aten.gelu.default:
         return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
-    return {aten.silu.default: "silu", aten.relu.default: "relu"}.get(node.target, "")
+    target: Any = node.target
+    return {aten.silu.default: "silu", aten.relu.default: "relu"}.get(target, "")
 
 
 def _other(user: fx.Node, node: fx.Node, target: Any) -> fx.Node | None:

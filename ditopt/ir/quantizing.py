@@ -7,6 +7,7 @@ body go on sharing it.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -79,11 +80,14 @@ def _alike(program: Program, keep: Collection[str]) -> list[tuple[str, list[fx.N
     groups: dict[tuple[str, frozenset[str]], list[fx.Node]] = {}
     for call in program.calls():
         groups.setdefault((callee(call), _kept(str(call.meta["region"]), keep)), []).append(call)
-    seen: Counter[str] = Counter()
+    alone = Counter(name for name, _ in groups)
+    taken = set(program.functions)
     out = []
     for (name, _), calls in groups.items():
-        seen[name] += 1
-        out.append((name if seen[name] == 1 else f"{name}_{seen[name]}", calls))
+        # where some calls keep the body as it is, the others cannot have its name
+        new = name if alone[name] == 1 else next(n for k in itertools.count(2) if (n := f"{name}_{k}") not in taken)
+        taken.add(new)
+        out.append((new, calls))
     return out
 
 
@@ -103,17 +107,16 @@ def _layers(
     calls: int,
 ) -> Iterator[Layer]:
     """The layers of a body that ``scheme`` is for; what it cannot do goes to ``out.refused``."""
-    if "*" in kept:
-        return
     why: Counter[str] = Counter()
     for node in body.graph.nodes:
         found = layer(node)
         if found is None or binding[found.weight] != Binding.CONSTANT or not binding[found.x] & Binding.LATENT:
             continue
-        role = str(node.meta["region"]).removeprefix(".")
-        if role not in scheme.policy.roles or role in kept:
-            continue
         out.of += calls * flops(node)
+        module = str(node.meta["region"]).removeprefix(".")  # such as attn.joint
+        role = module.partition(".")[0]
+        if role not in scheme.policy.roles or {"*", role, module} & {*kept}:
+            continue
         reason = _why_not(found, scheme)
         if reason:
             why[reason] += 1

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from ditopt.ir.axes import source
-from ditopt.ir.dims import Dim, Known, through
+from ditopt.ir.dims import Dim, Dims, Known, through
 from ditopt.ir.edit import Editor
 from ditopt.ir.short import Mixes, Short
 
@@ -42,8 +42,8 @@ def score(
     e: Editor, short: Short, output: fx.Node, met: Mapping[fx.Node, fx.Node], o: Scoring, noise: int = 0
 ) -> fx.Node:
     """The score of each token of ``output``, float32 (rows, tokens), in nodes at the end of the graph. ``met``: where
-    paths joined, node -> what is read from there on. ``noise``: how many channels of the output count, 0 for all. ``Mixes``
-    where the output does not show what each token makes."""
+    paths joined, node -> what is read from there on. ``noise``: how many channels of the output count, 0 for all.
+    ``Mixes`` where the output does not show what each token makes."""
     for node, chosen in met.items():
         place = short.place(node)
         if place is None:
@@ -54,9 +54,9 @@ def score(
             start[place.dim] = Dim(place.size, Dim.of(short.set.tokens, place.dim).atoms, place.start)
         known: Known = {chosen: tuple(start)}
         for n in _behind(e, chosen):
-            if n.op == "call_function" and (dims := through(n, known)):
-                known[n] = dims
-        dims = known.get(output)
+            if n.op == "call_function" and (made := through(n, known)):
+                known[n] = made
+        dims: Dims = known.get(output, ())
         if dims and (found := _layout(dims, place.dim, place.batch, short.set.tokens)):
             return _spread(e, output, found, short, o.metric, noise)
     raise Mixes("the model's output does not show which part of it each token makes")

@@ -57,8 +57,8 @@ class Short:
 
     ``index``: the node of the positions. ``twins``: node -> (twin, place of the tokens in the node; None where it has
     none and yet depends on the choice). ``keep``: asked for what is kept of a value that attention reads, gives the
-    node that holds it. ``formal``: where a placeholder can be handed over gathered, the placeholder for that. ``merged``:
-    what attention reads -> (all positions, the tokens among them: the kept ones with the chosen ones put in, place).
+    node that holds it. ``formal``: where a placeholder can be handed over gathered, the placeholder for that.
+    ``merged``: what attention reads -> (all positions, the tokens among them with the chosen ones put in, place).
     ``here``: in front of which a twin is made.
     """
 
@@ -73,7 +73,7 @@ class Short:
     _taken: dict[tuple[fx.Node, Place, int], fx.Node] = field(default_factory=dict)
     _spread: dict[tuple[tuple[int, ...], tuple[int, ...]], fx.Node] = field(default_factory=dict)
 
-    # -- gather and scatter ------------------------------------------------------------------------------------------
+    # -- gather and scatter --------------------------------------------------------------------------------------------
 
     def take(self, node: fx.Node, place: Place, rank: int) -> fx.Node:
         """``node`` with the chosen tokens alone: its dimensions, counted from the right, are those of a value of
@@ -100,8 +100,8 @@ class Short:
         return self._around(wide, place, at, lambda part: e.op(aten.gather.default, part, place.dim, ids, at=at))
 
     def put(self, kept: fx.Node, chosen: fx.Node, place: Place, at: fx.Node) -> fx.Node:
-        """``kept``, a value of all tokens and nothing else, with ``chosen`` in the place of the chosen ones; its layout in
-        memory stays."""
+        """``kept``, a value of all tokens and nothing else, with ``chosen`` in the place of the chosen ones; its
+        layout in memory stays."""
         order = _layout(kept.meta["val"])
         inside, e = permuted(place, order), self.e
         if self.set.rows > 1 and place.batch < 0:
@@ -187,6 +187,17 @@ class Short:
         if isinstance(node, (list, tuple)):
             return [self.twin(n) for n in node]
         return self.twins[node][0] if isinstance(node, fx.Node) and node in self.twins else node
+
+    def short(self, node: fx.Node) -> fx.Node:
+        """The twin of a node that is one tensor, else the node."""
+        found: fx.Node = self.twin(node)
+        return found
+
+    @property
+    def at(self) -> fx.Node:
+        """Where the twin of the visited node goes."""
+        assert self.here is not None
+        return self.here
 
     def emit(self, node: fx.Node, place: Any, target: Any, *args: Any, **kwargs: Any) -> None:
         """The twin of ``node`` behind it."""

@@ -48,6 +48,11 @@ def name(node: fx.Node) -> str:
     return str(node.target).removesuffix(".default")
 
 
+def _named(node: fx.Node, default: Any) -> Any:
+    """The argument ``dim`` where it is given by name."""
+    return node.kwargs.get("dim", default)
+
+
 def _flat(places: Any) -> bool:
     return any(places) if isinstance(places, tuple) else places is not None
 
@@ -62,7 +67,7 @@ def _only(s: Short, node: fx.Node) -> tuple[fx.Node, Place, list[int]]:
     return source, place, [int(n) for n in value.shape] if isinstance(value, torch.Tensor) else []
 
 
-# -- one token at a time -------------------------------------------------------------------------------------------------
+# -- one token at a time -----------------------------------------------------------------------------------------------
 
 
 def _pointwise(s: Short, node: fx.Node) -> None:
@@ -87,13 +92,13 @@ def _agreed(s: Short, node: fx.Node, operands: Sequence[fx.Node], rank: int) -> 
 def _fitting(s: Short, node: fx.Node, operand: fx.Node, place: Place, rank: int) -> fx.Node:
     """An operand beside tokens at ``place``: short, or the same for all of them."""
     if s.place(operand) is not None:
-        return s.twin(operand)  # type: ignore[no-any-return]
+        return s.short(operand)
     at = place.dim - rank + operand.meta["val"].ndim
     size = int(operand.meta["val"].shape[at]) if at >= 0 else 1
     if size == 1:
-        return s.twin(operand)  # type: ignore[no-any-return]
+        return s.short(operand)
     if operand in s.twins:
-        return s.gather(s.twin(operand), place, rank, s.here)
+        return s.gather(s.short(operand), place, rank, s.at)
     return s.take(operand, place, rank)
 
 
@@ -126,8 +131,8 @@ def _norm(s: Short, node: fx.Node) -> None:
 def _reduce(s: Short, node: fx.Node) -> None:
     source, place, _ = _only(s, node)
     rank = source.meta["val"].ndim
-    given: Any = node.args[_DIMS.get(node.target, 1)] if len(node.args) > _DIMS.get(node.target, 1) else None
-    given = node.kwargs.get("dim", given)
+    at = 2 if node.target is aten.linalg_vector_norm.default else 1
+    given: Any = node.args[at] if len(node.args) > at else node.kwargs.get("dim")
     dims = {d % rank for d in ([given] if isinstance(given, int) else given or range(rank))}
     if place.dim in dims:
         raise Mixes(f"{name(node)} sums over tokens, or compares them")
@@ -138,11 +143,7 @@ def _reduce(s: Short, node: fx.Node) -> None:
     s.emit(node, place, node.target, s.twin(source), *node.args[1:], **node.kwargs)
 
 
-_DIMS = {aten.linalg_vector_norm.default: 2}
-"""Where an operator takes the dimensions that it reduces, if not in place 1."""
-
-
-# -- moves ---------------------------------------------------------------------------------------------------------------
+# -- moves -------------------------------------------------------------------------------------------------------------
 
 
 def _view(s: Short, node: fx.Node) -> None:
@@ -182,14 +183,16 @@ def _permute(s: Short, node: fx.Node) -> None:
     if node.target is aten.permute.default:
         order = [d % rank for d in node.args[1]]  # type: ignore[union-attr]
     else:
-        i, j = (int(d) % rank for d in node.args[1:3]) if len(node.args) > 2 else (0, 1)  # type: ignore[call-overload]
+        pair: Any = node.args[1:3] if len(node.args) > 2 else (0, 1)
+        i, j = (int(d) % rank for d in pair)
         order[i], order[j] = order[j], order[i]
     s.emit(node, permuted(place, order), node.target, s.twin(source), *node.args[1:])
 
 
 def _unsqueeze(s: Short, node: fx.Node) -> None:
     source, place, shape = _only(s, node)
-    at = int(node.args[1]) % len(shape)  # type: ignore[call-overload]
+    given: Any = node.args[1]
+    at = int(given) % len(shape)
     s.emit(node, _shifted(place, at, 1), node.target, s.twin(source), at)
 
 
@@ -203,7 +206,7 @@ def _pick(s: Short, node: fx.Node) -> None:
     """select and unbind along another dimension."""
     source, place, _ = _only(s, node)
     given: Any = [*node.args[1:], 0]
-    at = int(node.kwargs.get("dim", given[0])) % source.meta["val"].ndim  # type: ignore[call-overload]
+    at = int(_named(node, given[0])) % source.meta["val"].ndim
     if at == place.dim:
         raise Mixes(f"{name(node)} takes single tokens")
     moved = replace(place, batch=-1) if place.batch == at else place
@@ -242,7 +245,7 @@ def _part(s: Short, node: fx.Node, place: Place, first: int, last: int) -> tuple
 def _split(s: Short, node: fx.Node) -> None:
     source, place, _ = _only(s, node)
     given: Any = [*node.args[2:], 0]
-    dim = int(node.kwargs.get("dim", given[0])) % source.meta["val"].ndim  # type: ignore[call-overload]
+    dim = int(_named(node, given[0])) % source.meta["val"].ndim
     sizes = [int(v.shape[dim]) for v in node.meta["val"]]
     if dim != place.dim:
         s.emit(node, (place,) * len(sizes), node.target, s.twin(source), *node.args[1:], **node.kwargs)
@@ -266,7 +269,7 @@ def _cat(s: Short, node: fx.Node) -> None:
     parts: Any = node.args[0]
     rank = node.meta["val"].ndim
     given: Any = [*node.args[1:], 0]
-    dim = int(node.kwargs.get("dim", given[0])) % rank  # type: ignore[call-overload]
+    dim = int(_named(node, given[0])) % rank
     there = [p for p in parts if s.place(p) is not None]
     place = s.place(there[0])
     if dim != place.dim:
@@ -284,7 +287,7 @@ def _stack(s: Short, node: fx.Node) -> None:
     parts: Any = node.args[0]
     rank = parts[0].meta["val"].ndim
     given: Any = [*node.args[1:], 0]
-    at = int(node.kwargs.get("dim", given[0])) % (rank + 1)  # type: ignore[call-overload]
+    at = int(_named(node, given[0])) % (rank + 1)
     place = _agreed(s, node, parts, rank)
     fitting = [_fitting(s, node, p, place, rank) for p in parts]
     s.emit(node, _shifted(place, at, 1), node.target, fitting, at)
@@ -294,7 +297,8 @@ def _repeat(s: Short, node: fx.Node) -> None:
     """Copies along other dimensions."""
     source, place, shape = _only(s, node)
     shift = len(shape) - source.meta["val"].ndim
-    times = [int(n) for n in node.args[1]]  # type: ignore[union-attr]
+    given: Any = node.args[1]
+    times = [int(n) for n in given]
     if times[place.dim + shift] != 1:
         raise Mixes(f"{name(node)} repeats the sequence")
     batch = place.batch + shift if place.batch >= 0 and times[place.batch + shift] == 1 else -1
@@ -310,7 +314,7 @@ def _expand(s: Short, node: fx.Node) -> None:
     s.emit(node, moved, node.target, s.twin(source), short)
 
 
-# -- attention -----------------------------------------------------------------------------------------------------------
+# -- attention ---------------------------------------------------------------------------------------------------------
 
 
 def _attend(s: Short, node: fx.Node) -> None:
@@ -324,7 +328,7 @@ def _attend(s: Short, node: fx.Node) -> None:
         raise Mixes("causal attention looks at the order of tokens")
     query, key, value = (given[n] for n in names[:3])
     mask = given.get(names[3])
-    at = s.here
+    at = s.at
     if (s.place(key) is None) != (s.place(value) is None):
         raise Mixes(f"{name(node)} has keys and values of different tokens")
     read = []

@@ -87,8 +87,8 @@ def reordered(params: Iterable[str]) -> dict[Grid, Grid]:
     found = {}
     for name in params:
         word, _, rest = name.partition(".")
-        if word == _ORDER and rest.count(".") == 1:
-            grid, tile = map(read_grid, rest.split("."))
+        if word == _ORDER and "." in rest:
+            grid, tile = map(read_grid, rest.split(".")[:2])
             found[grid] = tile
     return found
 

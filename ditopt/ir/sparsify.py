@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from ditopt.ir.edit import Editor, fake_of, prune
+from ditopt.ir.modules import name_of
 from ditopt.ir.placed import Followed, Placed, by_body
 from ditopt.ir.program import Formal, Function, Program, Region, TensorType, call_args, callee, formal, is_call
 from ditopt.ir.regions import describe
@@ -66,13 +67,14 @@ class _Side:
 
 class Sparsify:
     """Works on ``program``; ``auto``: the grid chooses the tile; ``grid``: of tokens whose grid the graph does not
-    show. ``refused`` and ``notes`` are for the Outcome."""
+    show; ``kind``: of the attention that is rewritten ("": any). ``refused`` and ``notes`` are for the Outcome."""
 
-    def __init__(self, program: Program, attn: SparseAttn, auto: bool, grid: Grid, origin: str) -> None:
+    def __init__(self, program: Program, attn: SparseAttn, auto: bool, grid: Grid, origin: str, kind: str = "") -> None:
         self.program = program
         self.refused: list[str] = []
         self.notes: list[str] = []
         self._attn, self._auto, self._grid, self._origin = attn, auto, grid, origin
+        self._kind = kind
         self._params: dict[str, Tensor] = {}
         self._tiles = reordered(program.params)
 
@@ -110,6 +112,7 @@ class Sparsify:
     def _rewrite(self, body: Function, region: Region, span: str) -> tuple[Function, list[str], int]:
         """The new body, the constants that its last formals are, and how many operators were rewritten."""
         sites = [n for n in body.graph.nodes if n.target in (attention, linear_attention)]
+        sites = [n for n in sites if not self._kind or name_of(n) == f"attn.{self._kind}"]
         if not sites:
             return body, [], 0
         followed = Followed(self.program, body, region)

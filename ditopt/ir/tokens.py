@@ -213,8 +213,8 @@ class Choosing:
         region = f"{block}.{self.name}"
         made = e.call(part.name, args, values, at, region)
         n = len(body.results)
-        for whole, twin, place in zip(full[:n], made[:n], part.places, strict=True):
-            self.short.twins[whole] = twin, place
+        for whole, twin, where in zip(full[:n], made[:n], part.places, strict=True):
+            self.short.twins[whole] = twin, where
         for kept, new, ref in zip(full[n:], made[n:], part.kept, strict=True):
             chosen = e.op(select, kept, new, self.name, at=made[-1].next)
             for d in self.before.decisions:  # where the block is left out, so are its keys and values

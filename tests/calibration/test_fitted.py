@@ -14,8 +14,9 @@ import torch
 
 import ditopt
 from ditopt.errors import DitoptWarning, SessionError
-from ditopt.explanation import live_slots, size
+from ditopt.explanation import size
 from ditopt.fitted import guidance_text, latent_text, model_text, scheduler_text
+from ditopt.footprint import live_slots
 from ditopt.recipe import Recipe
 from tests import tiny_models, tiny_sampler
 from tests.calibration.use import Pipe, Scheduler, sampler

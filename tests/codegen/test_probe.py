@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ditopt.codegen.lower import lower
 from ditopt.errors import RecipeError
@@ -109,3 +110,43 @@ def test_the_first_reuse_follows_enough_computed_steps(signal, late):
     for branch, start in ((0, 0), (1, late)):
         ran = [r.graph for r in session.schedule_rows if r.branch == branch]
         assert ran == ["full"] * needed + ["reuse"] * (8 - start - needed)
+
+
+@pytest.mark.filterwarnings("ignore:cache .* was never reused")
+@pytest.mark.parametrize("name", [n for n in SIGNALS if n not in ("modulated", "two of them")])
+def test_the_flops_that_are_executed_are_those_of_a_step_without_a_probe(name):
+    """Counted by torch while a request runs: the probe hands on what it computed."""
+
+    def executed(recipe):
+        made = plan(recipe)
+        with FlopCounterMode(display=False) as counter:
+            request(Session(), made, labels=LABELS)
+        return counter.get_total_flops()
+
+    assert executed(SIGNALS[name].replace("threshold=0.1", "threshold=0")) == executed("cache{every=1}") > 0
+
+
+# -- 8-bit storage -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def kept_after_a_step(recipe):
+    """The slots of a request's only branch after its first step."""
+    session = Session()
+    x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+    with session.open(steps=None):
+        session.call(plan(recipe), [x, torch.full((2,), 1000.0), torch.tensor([1, 2])])
+        (branch,) = session._branches.values()
+        return list(dict(branch.slots).values())
+
+
+@pytest.mark.filterwarnings("ignore:cache .* was never reused")
+def test_what_is_kept_in_8_bits_is_off_by_half_a_step_at_most():
+    """A token has one scale, its largest value over 127."""
+    coarse = {t.dtype: t for t in kept_after_a_step("cache{region=blocks.1:-1,every=9,store=int8}")}
+    (exact,) = kept_after_a_step("cache{region=blocks.1:-1,every=9}")
+    largest = exact.abs().amax(-1, keepdim=True)
+    torch.testing.assert_close(coarse[torch.float32] * 127, largest)
+    off = (coarse[torch.int8] * coarse[torch.float32] - exact).abs()
+    assert (off <= largest / 254 * 1.001).all()
+    assert off.max() > 0

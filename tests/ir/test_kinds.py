@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ditopt
+from ditopt import pipeline
 from ditopt.capture import bind as bind_call
 from ditopt.capture import capture
 from ditopt.errors import RecipeError
@@ -18,7 +19,7 @@ from ditopt.ir.program import Program
 from ditopt.ir.select import select_regions
 from ditopt.ir.text import parse_program, print_program
 from ditopt.ir.verify import verify
-from ditopt.pipeline import PassManager
+from ditopt.pipeline import Context, PassManager
 from tests.denoisers import REGISTRY
 from tests.foreign import ZOO
 from tests.foreign.base import Call, randn, sinusoid, times
@@ -235,3 +236,28 @@ def test_a_kind_is_left_out():
     gone = PassManager("outline_blocks, skip_blocks{region=blocks.1:2}").run(captured("spacetime"))[-1].program
     verify(gone)
     assert not [r.id for r in gone.regions if r.id.startswith("blocks.1.")]
+
+
+def test_sparse_attention_takes_one_kind_at_a_time():
+    cls = pipeline.get("sparse_attention")
+    program = cls.example_applies()
+    done = [cls.make({"region": r}).run(program, Context()) for r in ("blocks.*.attn", "blocks.*.attn.self")]
+    assert done[0].applied == done[1].applied > 0
+    assert done[0].program == done[1].program
+    several = cls.make({"region": "blocks.*.attn.cross|blocks.*.attn.temporal"})
+    out = several.run(
+        PassManager("recognize_attention, outline_blocks").run(captured("spacetime"))[-1].program, Context()
+    )
+    assert out.applied == 0
+    assert "asks for several kinds of attention: give each a pass of its own" in out.refused[0]
+
+
+def test_quantization_keeps_a_kind():
+    """Layers of all kinds are those of attention; one kind can be kept as it is."""
+    done = {
+        keep: PassManager(f"outline_blocks, quantize{{scheme=w8a8,keep={keep}}}").run(captured("spacetime"))[-1]
+        for keep in ("blocks.0.attn", "blocks.0.attn.cross", "blocks.0.mlp")
+    }
+    counts = {keep: r.applied for keep, r in done.items()}
+    assert counts["blocks.0.attn"] < counts["blocks.0.attn.cross"] < counts["blocks.0.mlp"] + 2
+    assert counts["blocks.0.attn.cross"] - counts["blocks.0.attn"] == 4, "the layers of the two other kinds"

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,7 +18,7 @@ FAR = {"half": 2e-3}
 """Cases whose result is rounded to few digits, and how far two roundings may be apart."""
 
 
-def lines(module: str, **environment: str) -> list[list[object]]:
+def lines(module: str, **environment: str) -> list[Any]:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run(
@@ -33,13 +34,13 @@ def lines(module: str, **environment: str) -> list[list[object]]:
 
 
 def test_interpreted_it_computes_what_the_reference_does():
-    found = dict(lines("interpreted", TRITON_INTERPRET="1"))
+    found: dict[str, float] = dict(lines("interpreted", TRITON_INTERPRET="1"))
     assert len(found) >= 10
     assert {name: far for name, far in found.items() if far > FAR.get(name, 1e-6)} == {}
 
 
 def test_it_compiles_for_every_gpu_without_spills():
-    found = {name: rest for name, *rest in lines("ahead")}
+    found: dict[str, Any] = {name: rest for name, *rest in lines("ahead")}
     assert {name.split(",")[0] for name in found} == {"sm80", "sm90", "sm100", "gfx942"}
     assert len(found) == 8
     for name, (spilled, shared, instruction) in found.items():

@@ -86,7 +86,7 @@ def _flux() -> Any:
         num_attention_heads=2,
         joint_attention_dim=32,
         pooled_projection_dim=16,
-        axes_dims_rope=(4, 2, 2),  # type: ignore[arg-type]
+        axes_dims_rope=(4, 2, 2),
         guidance_embeds=False,
     )
 
@@ -135,7 +135,8 @@ Call = Callable[[int, Tensor, float, int], Tensor]
 @torch.no_grad()
 def request(call: Call, seed: int = 0, stop: int | None = None) -> Array:
     """The model's outputs over a request of STEPS evaluations; ``stop``: cancelled after as many."""
-    x, outputs = start(seed), []
+    x = start(seed)
+    outputs: list[Tensor] = []
 
     def velocity(x: Tensor, t: float) -> Tensor:
         if len(outputs) == stop:

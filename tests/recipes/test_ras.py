@@ -159,7 +159,7 @@ def test_every_product_of_a_partial_step_is_short():
 
 
 def test_half_of_the_tokens_is_half_of_the_work():
-    fast = optimized("ras{start=1,resets=}")
+    fast = optimized("select_tokens{first=1}")
     run(fast)
     text, image, width = TOKENS, GRID * GRID, 32
 
@@ -178,7 +178,9 @@ def test_one_choice_for_both_halves_of_the_batch():
         told = []
         with fast.session(steps=STEPS):
             for t in times(STEPS)[:6]:
-                told.append(fast(hidden_states=x, timestep=torch.full((BATCH,), t), **given, return_dict=False)[0].clone())
+                told.append(
+                    fast(hidden_states=x, timestep=torch.full((BATCH,), t), **given, return_dict=False)[0].clone()
+                )
                 x = x - told[-1] / STEPS
         moved = (told[5] != told[4]).any(1).view(BATCH, GRID, 2, GRID, 2).any(4).any(2)
         assert moved.flatten(1).sum(1).tolist() == [COUNT, COUNT]
@@ -205,7 +207,7 @@ def test_guidance_by_two_calls_keeps_two_states():
 
 def test_under_a_forecast():
     """The cache decides first: a step that it predicts leaves tokens as they are."""
-    fast = optimized("ras{start=2,resets=}, cache{region=model,every=2,first=3,predictor=taylor,order=1}")
+    fast = optimized("ras{start=2,resets=''}, cache{region=model,every=2,first=3,predictor=taylor,order=1}")
     out = run(fast)
     assert torch.isfinite(out).all()
     graphs = fast.stats.graphs
@@ -237,11 +239,11 @@ def test_a_request_of_dense_steps_only():
     result = program("ras", steps=4)
     assert result.applied == 0
     assert result.refused == ("a request of 4 steps has no other than the first 4: give fewer",)
-    fast = optimized("ras{resets=}")
+    fast = optimized("ras{resets=''}")
     with pytest.warns(DitoptWarning, match="'tokens0' was never reused in this request: its warm-up"):
         run(fast, steps=4)
 
 
 def test_shares_of_a_request_of_unknown_length():
-    with pytest.raises(SessionError, match="computes at shares of the request .40% 73%., and the number of steps is"):
+    with pytest.raises(SessionError, match=r"computes at shares of the request .40% 73%., and the number of steps is"):
         optimized("ras")(**example())

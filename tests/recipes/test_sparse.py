@@ -33,8 +33,9 @@ def sites(recipe):
 
 def masked(recipe, sees):
     """The model with what ``sees(query, key)`` (operands of one attention -> (batch, heads, N, N) truth) allows."""
-    from ditopt.ir.edit import inline
     from torch import fx
+
+    from ditopt.ir.edit import inline
 
     program, dense, inputs, out, plain = sites(recipe)
     sparse = [n for f in program.functions.values() for n in f.graph.nodes if n.target is block_sparse_attention]

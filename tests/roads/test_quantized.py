@@ -82,7 +82,7 @@ def test_a_weight_that_changes_is_seen_by_onnxruntime(model):
 
 @pytest.mark.parametrize(("recipe", "bytes_of"), [("w8a8", 1.0), ("w4a16{group=16}", 0.5)])
 def test_files_hold_integers(model, recipe, bytes_of, tmp_path):
-    sizes = {}
+    sizes: dict[str, int] = {}
     for name in ("lossless", recipe):
         fast = ditopt.optimize(model, name, target="eager")
         wanted = step(fast)
