@@ -161,7 +161,8 @@ def export_onnx(
     more = describe_for(captured, history, used, count)
     rows = variants(program, "onnxruntime", count)
     lowered = describe(program, lower(program, rows), lower_memos(program), **more)
-    measures = any(d.rule is not None or d.gram for d in program.decisions)
+    # what a call does that may be skipped as a branch of guidance depends on the calls before it, too
+    measures = any(d.rule is not None or d.gram or d.guidance == "calls" for d in program.decisions)
     schedule = schedule_of(program, lowered, count, times) if program.decisions and count and not measures else None
     return export(program, Path(path), schedule, rows, **more)
 
@@ -180,9 +181,10 @@ def _programs(
     if example is None:
         raise BadInput("export needs example_inputs: a dict of keyword arguments or a tuple, as the model is called")
     args, kwargs = arguments_of(example)
-    captured = capture(model, *bind(model, args, kwargs), roles)
-    used = Recipe.parse(recipe)
-    return captured, rewrite(captured, used, "onnxruntime", steps), used
+    spec, tensors = bind(model, args, kwargs)
+    captured = capture(model, spec, tensors, roles)
+    used, given = Recipe.parse(recipe), dict(zip(spec.names, tensors, strict=True))
+    return captured, rewrite(captured, used, "onnxruntime", steps, given=given), used
 
 
 def _is_pipeline(model: object) -> bool:

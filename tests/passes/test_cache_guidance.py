@@ -188,3 +188,14 @@ def test_what_other_caches_hold_is_read_as_the_mean_of_both_halves():
             got[held] = fast(torch.cat([x, x]), t - 20, y)
     assert torch.equal(got["own"][1], first[1])
     torch.testing.assert_close(got["mean"][1], first.mean(0))
+
+
+@pytest.mark.parametrize("form", ["calls", "batch"])
+def test_an_exported_file_skips_as_well(form, tmp_path):
+    model, _ = captured("plain")
+    rows = 2 if form == "batch" else 1
+    x, y = torch.randn(1, 4, 8, 8).expand(rows, -1, -1, -1).contiguous(), torch.tensor([9, 3][:rows])
+    example_inputs = {"x": x, "t": torch.full((rows,), 500.0), "y": y}
+    made = ditopt.export_onnx(model, tmp_path / "m.onnx", "cfg_cache", steps=4, example_inputs=example_inputs)
+    assert [d.guidance for d in made.decisions] == [form], "the doubled batch of the example is seen"
+    assert min(g.flops for g in made.graphs) < 0.6 * made.full_flops
