@@ -249,7 +249,6 @@ def _recipes(args: argparse.Namespace) -> None:
         for name, system in systems.items():
             options = ", ".join(f"{p.name}={p.default}" for p in system.parameters)
             options += f"; {'can be ' if system.passes else ''}fitted to a model" if system.calibration else ""
-            options += "cannot be used yet" if system.needs else ""
             print(f"{name:<{width}}  {system.contract:<11}  {system.title}" + (f"  [{options}]" if options else ""))
         return
     if args.name not in systems:
@@ -259,8 +258,6 @@ def _recipes(args: argparse.Namespace) -> None:
     _paragraph("contract", system.contract)
     _paragraph("source", system.source)
     _paragraph("claim", system.claim or "none published")
-    if system.needs:
-        _paragraph("needs", system.needs)
     for p in system.parameters:
         also = f" Also called {', '.join(p.aliases)}." if p.aliases else ""
         _paragraph(f"{p.name}={p.default}", p.doc + also)

@@ -264,8 +264,7 @@ class System:
     """A recipe file: a published system as data. ``passes`` is recipe text with ``{parameter}`` in it.
 
     ``calibration`` names what fits the system to a model (a file of ditopt/calibration/sources); such a system may have
-    no ``passes``, and then can only be used through ``ditopt.calibrate``. ``needs``: what ditopt lacks for a
-    system that cannot be used, in a sentence.
+    no ``passes``, and then can only be used through ``ditopt.calibrate``.
     """
 
     name: str
@@ -278,7 +277,6 @@ class System:
     notes: tuple[str, ...] = ()
     parameters: tuple[Parameter, ...] = ()
     calibration: str = ""
-    needs: str = ""
 
     def recipe(self, given: Mapping[str, Value] | None = None) -> Recipe:
         """The recipe with some parameters changed; text values are read as the parameter's type."""
@@ -300,8 +298,6 @@ class System:
 
     def _read(self, given: Mapping[str, Value] | None) -> tuple[dict[str, Value], dict[str, str]]:
         """The values by name, and the words under which some were given."""
-        if self.needs:
-            raise RecipeError(f"{self.name} cannot be used: {self.needs}")
         values: dict[str, Value] = {p.name: p.default for p in self.parameters}
         known = {alias: p for p in self.parameters for alias in (p.name, *p.aliases)}
         seen: dict[str, str] = {}
@@ -335,7 +331,7 @@ class System:
 
 
 _PARAMETER = re.compile(r"\{(\w+)\}")
-_TEXTS = ("title", "source", "seed", "claim", "calibration", "needs")
+_TEXTS = ("title", "source", "seed", "claim", "calibration")
 _KEYS = {"name", "contract", "notes", "passes", "parameters", *_TEXTS}
 _PARAMETER_KEYS = {"default", "doc", "aliases", "min", "max", "choices"}
 
@@ -349,7 +345,7 @@ def _system(text: str, where: str) -> System:
     for key in data:
         if key not in _KEYS:
             raise RecipeError(f"{where}: no field is called {key!r}; {suggest(key, sorted(_KEYS))}")
-    fitted = bool(data.get("calibration")) or bool(data.get("needs"))
+    fitted = bool(data.get("calibration"))
     for key in ("name", "passes"):
         if not isinstance(data.get(key, "" if key == "passes" and fitted else None), str):
             raise RecipeError(f"{where}: the field {key} (text) is missing")

@@ -262,8 +262,7 @@ def test_a_choice_holds_no_other_choice(stub, tmp_path):
 # -- what ships --------------------------------------------------------------------------------------------------------
 
 FITTED = tuple(name for name, system in available().items() if system.calibration and not system.passes)
-LACKING = tuple(name for name, system in available().items() if system.needs)
-SHIPPED = tuple(name for name in available() if name not in (*FITTED, *LACKING))
+SHIPPED = tuple(name for name in available() if name not in FITTED)
 
 
 def test_recipes_are_named_apart():
@@ -283,22 +282,6 @@ def test_a_shipped_recipe_is_complete(name):
     assert Recipe.parse(str(recipe)) == recipe
     contracts = {pipeline.get(s.name).contract for s in recipe.steps}
     assert system.contract == ("exact" if contracts == {"exact"} else "approximate")
-
-
-@pytest.mark.parametrize("name", LACKING)
-def test_a_system_that_cannot_be_used_says_what_it_needs(name):
-    """By name, in a line with others, with parameters, and where it would be fitted."""
-    for text in (name, f"lossless, {name}", f"{name}{{threshold=0.05}}"):
-        with pytest.raises(RecipeError, match=f"{name} cannot be used: it needs "):
-            Recipe.parse(text)
-    with pytest.raises(RecipeError, match=f"{name} cannot be used: it needs "):
-        named(name)
-
-
-def test_hetcache_needs_the_mask_of_the_edit():
-    assert LACKING == ("hetcache",)
-    with pytest.raises(RecipeError, match=r"the edit mask, token by token, .* teacache\{threshold=0.05\}"):
-        Recipe.parse("hetcache")
 
 
 @pytest.mark.parametrize("name", FITTED)
