@@ -381,7 +381,6 @@ def _system(text: str, where: str) -> System:
         notes=tuple(notes),
         parameters=tuple(parameters),
         calibration=data.get("calibration", ""),
-        needs=data.get("needs", ""),
     )
 
 
