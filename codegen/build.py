@@ -12,13 +12,14 @@ from torch import Tensor, fx
 
 from ditopt._torch import compile_graph
 from ditopt.artifact import Executable, Manifest, StepGraph
+from ditopt.codegen.claims import claimed, with_kernels
 from ditopt.codegen.lower import Lowered, Lowering, lower, lower_memos
 from ditopt.codegen.onnx.export import export_artifact
 from ditopt.codegen.probe import NAME as PROBE
 from ditopt.codegen.variants import Choices, combinations
 from ditopt.errors import DitoptError
 from ditopt.ir.edit import inline
-from ditopt.ir.opening import opened
+from ditopt.ir.opening import opened, spelled
 from ditopt.ir.program import Program
 from ditopt.ops.call_module import calls
 
@@ -57,6 +58,7 @@ def build(program: Program, target: str, rows: Sequence[Choices] | None = None, 
     Graphs are compiled when they first run. Memo functions run eagerly: they run once a request or once a timestep,
     and in eager they are bit-equal to what the step would have computed.
     """
+    program = with_kernels(claimed(program, target))
     made = combinations(program) if rows is None else list(rows)
     # any further combination may come: each is made when it does
     free = target == "eager" and rows is None and len(made) < 2 ** len(program.decisions)
@@ -95,7 +97,7 @@ def export(
     **more: Any,
 ) -> Manifest:
     """Write ``program`` as ONNX files beside ``path`` (codegen/onnx/export.py)."""
-    program = opened(program)
+    program = claimed(spelled(opened(program)), "onnxruntime")
     refuse_modules(program, "become ONNX")
     lowered = [*lower(program, rows), *lower_memos(program)]
     split = len(lowered) - len(program.memos)

@@ -32,12 +32,25 @@ def combinations(program: Program, most: int = MOST) -> list[Choices]:
     if 2 ** len(names) <= most:
         sets = [frozenset(itertools.compress(names, row)) for row in itertools.product((0, 1), repeat=len(names))]
         sets.sort(key=len, reverse=True)
-        return choices_of(names, [frozenset(), *sets[:-1]])
+        return without_skipped(program.decisions, choices_of(names, [frozenset(), *sets[:-1]]))
     size = -(-len(names) // _GROUPS)
     groups = [frozenset(names[i : i + size]) for i in range(0, len(names), size)]
     runs = [frozenset[str]().union(*groups[i:j]) for i, j in itertools.combinations(range(len(groups) + 1), 2)]
     chosen = pick({**dict.fromkeys(runs, 1), frozenset(names): len(names)}, worth(program), most)
-    return choices_of(names, [frozenset(), *sorted(chosen[1:], key=len, reverse=True)])
+    made = choices_of(names, [frozenset(), *sorted(chosen[1:], key=len, reverse=True)])
+    return without_skipped(program.decisions, made)
+
+
+def without_skipped(decisions: Sequence[Decision], rows: Sequence[Choices]) -> list[Choices]:
+    """``rows``, where a call that is skipped as a branch of guidance neither computes nor keeps anything else."""
+    calls = {d.name for d in decisions if d.guidance == "calls"}
+    out: list[Choices] = []
+    for row in rows:
+        if any(row[n] == "reuse" for n in calls):
+            row = {n: c if n in calls else "bypass" for n, c in row.items()}
+        if row not in out:
+            out.append(row)
+    return out
 
 
 def choices_of(names: Sequence[str], reused: Sequence[frozenset[str]]) -> list[Choices]:

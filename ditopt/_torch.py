@@ -36,6 +36,7 @@ __all__ = [
     "fixed_size",
     "flex_attention",
     "guards_of",
+    "int_mm",
     "invoke_subgraph",
     "is_fake",
     "is_unbacked",
@@ -47,6 +48,7 @@ __all__ = [
 
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 flex_attention = torch.ops.higher_order.flex_attention
+int_mm = torch.ops.aten._int_mm.default
 
 
 def is_fake(value: object) -> bool:

@@ -189,6 +189,7 @@ def _manifest(d: dict[str, Any]) -> Manifest:
             row=x["row"],
             rows=x["rows"],
             gram=x["gram"],
+            guidance=x["guidance"],
         )
         for x in d["decisions"]
     )

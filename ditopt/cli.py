@@ -248,7 +248,7 @@ def _recipes(args: argparse.Namespace) -> None:
         width = max(len(n) for n in systems)
         for name, system in systems.items():
             options = ", ".join(f"{p.name}={p.default}" for p in system.parameters)
-            options += "; fitted to a model" if system.calibration else ""
+            options += f"; {'can be ' if system.passes else ''}fitted to a model" if system.calibration else ""
             print(f"{name:<{width}}  {system.contract:<11}  {system.title}" + (f"  [{options}]" if options else ""))
         return
     if args.name not in systems:
@@ -264,7 +264,10 @@ def _recipes(args: argparse.Namespace) -> None:
     for note in system.notes:
         _paragraph("note", note)
     if system.calibration:
-        _paragraph("fitted by", f"ditopt.calibrate(model, {system.name!r}, sampler, steps=...), or ditopt calibrate")
+        _paragraph(
+            "can be fitted by" if system.passes else "fitted by",
+            f"ditopt.calibrate(model, {system.name!r}, sampler, steps=...), or ditopt calibrate",
+        )
     if system.passes:
         _paragraph("passes", " ".join(system.passes.split()))
 

@@ -23,13 +23,22 @@ from torch import Tensor, nn
 from ditopt.artifact import Manifest, Plan
 from ditopt.capture import CallSpec, Captured, Captures, bind, by_name
 from ditopt.codegen.build import build, export
-from ditopt.codegen.variants import MOST, choices_of, pick, worth
+from ditopt.codegen.variants import MOST, choices_of, pick, without_skipped, worth
 from ditopt.errors import BadInput, DitoptWarning, SessionError, StaleWeights
-from ditopt.fitted import UNKNOWN, Fitted, guidance_text, latent_text, model_text, scheduler_text
+from ditopt.fitted import (
+    UNKNOWN,
+    Fitted,
+    copies,
+    guidance_text,
+    latent_text,
+    model_text,
+    scheduler_text,
+    unconditional_half,
+)
 from ditopt.ir.cost import step_flops
 from ditopt.ir.fold import fold_constants
 from ditopt.ir.program import Program, Role
-from ditopt.pipeline import Context, PassManager, PassResult
+from ditopt.pipeline import Context, Guidance, PassManager, PassResult
 from ditopt.recipe import Recipe
 from ditopt.release import Release, Shelves
 from ditopt.release import check as check_release
@@ -148,7 +157,7 @@ class Engine:
         notice(spec, [c.captured.spec for c in self.compiled.values()], broken)
         self.shelves.restore()  # the model runs while it is captured
         try:
-            found = self._compile(self.captures.take(spec, tensors))
+            found = self._compile(self.captures.take(spec, tensors), given)
         except BaseException:
             self._put_away()
             raise
@@ -200,8 +209,8 @@ class Engine:
         self.captures.forget()
         self._captured, self._place = None, _place(self.model)
 
-    def _compile(self, captured: Captured) -> Compiled:
-        history = rewrite(captured, self.recipe, self.target, self.steps, piece=self.piece)
+    def _compile(self, captured: Captured, given: Mapping[str, Tensor]) -> Compiled:
+        history = rewrite(captured, self.recipe, self.target, self.steps, self.piece, given)
         program = history[-1].program if history else captured.program
         more = describe_for(captured, history, self.recipe, self.steps)
         if self.target == "onnxruntime":
@@ -292,6 +301,15 @@ def latent_of(program: Program, given: Mapping[str, Tensor]) -> Tensor | None:
     return next((given[n] for n in names if n in given), None)
 
 
+def guidance_of(program: Program, given: Mapping[str, Tensor]) -> Guidance:
+    """What the inputs ``given`` by name show of guidance by a doubled batch."""
+    latent = latent_of(program, given)
+    if latent is None:
+        return Guidance()
+    prompts = [given[i.name] for i in program.inputs if i.role == "prompt" and i.name in given]
+    return Guidance(copies(latent), unconditional_half(prompts, len(latent)))
+
+
 class _Snapshot:
     """A model as it was captured: its modules, and the Python values in them that a graph holds fixed."""
 
@@ -348,10 +366,16 @@ def _place(model: nn.Module) -> tuple[torch.dtype, torch.device]:
 
 
 def rewrite(
-    captured: Captured, recipe: Recipe, target: str, steps: int | None, piece: bool = False
+    captured: Captured,
+    recipe: Recipe,
+    target: str,
+    steps: int | None,
+    piece: bool = False,
+    given: Mapping[str, Tensor] | None = None,
 ) -> tuple[PassResult, ...]:
     """What the passes of ``recipe`` did, with a DitoptWarning for each that was asked for and had no effect. A graph
-    without a timestep that may be a ``piece`` of a model (another may have the time) gets local passes only."""
+    without a timestep that may be a ``piece`` of a model (another may have the time) gets local passes only. ``given``:
+    inputs of the first call by name, where they are known."""
     if not any(i.role == "timestep" for i in captured.program.inputs):
         what = (
             "so nothing can be kept from step to step: only local passes run. Where the graph is a part of a model "
@@ -369,7 +393,8 @@ def rewrite(
         if piece:
             local = Recipe.parse("canonicalize, outline_blocks")
             return tuple(PassManager(local, Context(target, steps)).run(captured.program))
-    history = tuple(PassManager(recipe, Context(target, steps)).run(captured.program))
+    context = Context(target, steps, lambda: guidance_of(captured.program, given or {}))
+    history = tuple(PassManager(recipe, context).run(captured.program))
     _complain(history)
     return history
 
@@ -381,7 +406,8 @@ def _complain(history: Sequence[PassResult]) -> None:
     for result in idle:
         from ditopt.pipeline import get
 
-        if everything or get(result.name).contract == "approximate":
+        particular = result.text != result.name  # asked for with options
+        if everything or particular or get(result.name).contract == "approximate":
             warnings.warn(f"{result.text} changed nothing: {'; '.join(result.refused)}", DitoptWarning, stacklevel=6)
 
 
@@ -410,7 +436,7 @@ def variants(program: Program, target: str, steps: int | None) -> list[Mapping[s
             DitoptWarning,
             stacklevel=6,
         )
-    return choices_of(list(full), pick(sets, worth(program), MOST))
+    return without_skipped(decisions, choices_of(list(full), pick(sets, worth(program), MOST)))
 
 
 def describe_for(

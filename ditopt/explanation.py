@@ -8,6 +8,7 @@ from itertools import groupby
 from torch import fx
 
 from ditopt.artifact import StepGraph
+from ditopt.codegen.claims import claims
 from ditopt.codegen.lower import lower, lower_memos
 from ditopt.codegen.probe import NAME as PROBE
 from ditopt.footprint import held_bytes, live_slots
@@ -229,12 +230,18 @@ def _run_of(block: Region) -> str:
 
 
 def _row(name: str, run: Sequence[Region], program: Program, total: int) -> list[str]:
-    inside = {r.id: [m.role for m in program.regions if m.parent == r.id and m.role != "mod"] for r in run}
+    inside = {r.id: [_kinds(m, program) for m in program.regions if m.parent == r.id and m.role != "mod"] for r in run}
     parts = sorted({"+".join(roles) or "no modules" for roles in inside.values()})
     span = run[0].id if len(run) == 1 else f"{run[0].id}..{run[-1].id.split('.')[1]}"
     bodies = len({r.function for r in run})
     shared = "1 body" if bodies == 1 else f"{bodies} bodies"
     return [name, span, _number(len(run), "block"), shared, ", ".join(parts), _share(run, total), _alias(run)]
+
+
+def _kinds(module: Region, program: Program) -> str:
+    """A part of a block, with the kinds of its attention as selectors call them."""
+    kinds = [r.role for r in program.regions if r.parent == module.id]
+    return f"{module.role}.{'|'.join(kinds)}" if kinds else module.role
 
 
 def _outside(region: Region, total: int) -> list[str]:
@@ -326,7 +333,8 @@ def _graphs(program: Program, target: str) -> list[str]:
         given, slots = sum(k in ("input", "memo", "control", "carry") for k in kinds), kinds.count("state")
         work = [f"{count(g.flops)}FLOP", f"{g.flops / full:.1%}", size(weight_bytes(program, g))]
         lines.append([g.name, where, str(given), str(slots), *work])
-    return _columns(lines, right=(2, 3, 4, 5, 6))
+    said = [f"{c.count} x {c.op}: {c.form}, {c.reason}" for c in claims(program, target)]
+    return [*_columns(lines, right=(2, 3, 4, 5, 6)), *said]
 
 
 def _state(program: Program, steps: int | None, rows: Sequence[Mapping[str, str]] | None) -> list[str]:

@@ -15,8 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -71,11 +71,11 @@ def latent_text(latent: Tensor) -> str:
 
 def guidance_text(calls: int, latent: Tensor) -> str:
     """How often the model sees each latent in a step: in ``calls`` calls with ``latent`` (batch, ...)."""
-    copies = _copies(latent)
-    return f"{calls} call{'s' if calls > 1 else ''} a step, {copies} cop{'ies' if copies > 1 else 'y'} of the latent"
+    count = copies(latent)
+    return f"{calls} call{'s' if calls > 1 else ''} a step, {count} cop{'ies' if count > 1 else 'y'} of the latent"
 
 
-def _copies(latent: Tensor) -> int:
+def copies(latent: Tensor) -> int:
     """How many equal parts the batch has, up to 4. One host read for each number that divides it."""
     rows = latent.shape[0] if latent.ndim else 1
     for parts in (4, 3, 2):
@@ -84,6 +84,14 @@ def _copies(latent: Tensor) -> int:
             if all(torch.equal(first, other) for other in others):
                 return parts
     return 1
+
+
+def unconditional_half(prompts: Sequence[Tensor], rows: int) -> Literal["", "first", "second"]:
+    """Which half of a batch of ``rows`` has one prompt, the empty one, for all of its samples where the other half has
+    several; "" where that does not tell. Host reads, two for each prompt."""
+    told = [p.chunk(2) for p in prompts if p.ndim and p.shape[0] == rows and rows % 2 == 0]
+    alike = [all(bool((h[k] == h[k][:1]).all()) for h in told) for k in (0, 1)]
+    return "" if not told or alike[0] == alike[1] else "first" if alike[0] else "second"
 
 
 class Fitted:

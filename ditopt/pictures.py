@@ -7,7 +7,7 @@ import itertools
 import math
 import struct
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -170,11 +170,17 @@ def _over(middle: float, half: float, baseline: float, left: float, right: float
 _CELL, _GUTTER, _HEAD = 24, 80, 20
 
 
+def has_modules(regions: Iterable[str]) -> bool:
+    """Whether some of these regions are parts of blocks."""
+    return any(".attn" in region or region.endswith(".mlp") for region in regions)
+
+
 def heat_map(blocks: Sequence[str], decisions: Sequence[Decision], ran: Sequence[Ran]) -> str:
-    """Blocks by executed steps; a cell is the block, or its attention over its MLP where modules are cached."""
+    """Blocks by executed steps; a cell is the block, or its attention (each kind that is cached) over its MLP where
+    modules are cached."""
     how = {d.name: "hold" if d.predictor.basis == "hold" else "forecast" for d in decisions}
     owner = {region: d.name for d in decisions for region in d.regions}
-    split = any(region.endswith((".attn", ".mlp")) for region in owner)
+    split = has_modules(owner)
     tall = max(6, min(20, 480 // max(len(blocks), 1)))
     out = []
     for column, row in enumerate(ran):
@@ -187,7 +193,8 @@ def heat_map(blocks: Sequence[str], decisions: Sequence[Decision], ran: Sequence
         if line % every == 0:
             out.append(_element("text", block, x=_GUTTER - 8, y=top + tall / 2 + 3, text_anchor="end"))
         for column, row in enumerate(ran):
-            parts = [f"{block}.attn", f"{block}.mlp"] if split else [block]
+            attention = [r for r in owner if f"{r}.".startswith(f"{block}.attn.")] or [f"{block}.attn"]
+            parts = [*attention, f"{block}.mlp"] if split else [block]
             states = [_state(part, block, row, owner, how) for part in parts]
             height = (tall - 2) / len(states)
             cell = "".join(

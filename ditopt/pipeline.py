@@ -28,15 +28,25 @@ Value = int | float | str | bool
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """``copies``: how often the batch of a call holds each latent, as guidance by a doubled batch does;
+    ``unconditional``: which half of it has one prompt for all of its samples, "" where both halves or none have."""
+
+    copies: int = 1
+    unconditional: Literal["", "first", "second"] = ""
+
+
+@dataclass(frozen=True)
 class Context:
     """What a pass may know besides the Program.
 
     ``target``: what will run the result, as ``ditopt.target.resolve`` gives it. ``steps``: steps of a request where
-    the caller knows them. ``report``: called with a line of text where a pass has something slow to tell.
+    the caller knows them. ``guidance()``: what the first call shows of guidance. ``report``: called with a line of text where a pass has something slow to tell.
     """
 
     target: str = "eager"
     steps: int | None = None
+    guidance: Callable[[], Guidance] = lambda: Guidance()
     report: Callable[[str], None] = lambda line: None
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from ditopt import pipeline
 from ditopt.errors import RecipeError
 from ditopt.pipeline import Value, print_call, read_value, suggest
+from ditopt.recipes import cache_dit
 
 __all__ = ["Parameter", "Recipe", "Step", "System", "available"]
 
@@ -57,13 +58,14 @@ class Recipe:
 
     @staticmethod
     def parse(source: str | Path | Recipe) -> Recipe:
-        """A recipe from a name, a line of text, a path to a .toml or .json file, or a Recipe.
+        """A recipe from a name, a line of text, a path to a .toml or .json file or a .yaml file of cache-dit, or a
+        Recipe.
 
         The result is checked: every pass exists, every option has its type and range. RecipeError otherwise.
         """
         if isinstance(source, Recipe):
             return Recipe(tuple(_checked(s) for s in source.steps), source.name, source.calibrated)
-        if isinstance(source, Path) or (isinstance(source, str) and source.strip().endswith((".toml", ".json"))):
+        if isinstance(source, Path) or (isinstance(source, str) and source.strip().endswith(_ENDINGS)):
             return _from_file(Path(str(source).strip()))
         if isinstance(source, str):
             return _from_text(source)
@@ -95,6 +97,7 @@ class Recipe:
         return Recipe.parse(Recipe(steps, name, calibrated))
 
 
+_ENDINGS = (".toml", ".json", ".yaml", ".yml")
 NOTHING = "none"
 """The text of a recipe without passes. Empty text is more often a mistake than a wish."""
 
@@ -322,7 +325,8 @@ class System:
         for name, word in given.items():
             if name not in used:
                 chosen = " and ".join(f"{n}={v}" for n, v in used.items() if n in choices)
-                raise RecipeError(f"recipe {self.name}: {word} has no effect with {chosen}; leave it out")
+                where = f"with {chosen}" if chosen else "unless the recipe is fitted (ditopt.calibrate)"
+                raise RecipeError(f"recipe {self.name}: {word} has no effect {where}; leave it out")
         return text
 
 
@@ -403,6 +407,9 @@ def _choice_texts(specs: Any) -> list[str]:
 
 
 def _from_file(path: Path) -> Recipe:
+    if path.suffix in (".yaml", ".yml"):
+        name, values = cache_dit.DBCacheSettings.read(path).system(str(path))
+        return available()[name].recipe(values)
     text = _read(path)
     if path.suffix == ".json":
         return Recipe.from_json(text, str(path))

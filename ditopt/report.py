@@ -15,7 +15,7 @@ from ditopt.explanation import count, decision_text, role_flops, size, weight_by
 from ditopt.ir.program import Program
 from ditopt.measure import Row, cells
 from ditopt.optimized import OptimizedModule
-from ditopt.pictures import STYLE, chart, grid, heat_map, png
+from ditopt.pictures import STYLE, chart, grid, has_modules, heat_map, png
 from ditopt.pipeline import PassResult
 
 DIFFERENCE = 8
@@ -165,7 +165,7 @@ def _schedule(fast: OptimizedModule) -> str:
     others = len({r.branch for r in ran}) - 1
     said = f"The last request{f', first of {others + 1} guidance branches' if others else ''}. "
     said += "A column is a step, a line is a block"
-    modules = any(region.endswith((".attn", ".mlp")) for d in manifest.decisions for region in d.regions)
+    modules = has_modules(region for d in manifest.decisions for region in d.regions)
     said += ", its attention above its MLP." if modules else "."
     holds = {d.predictor.basis == "hold" for d in manifest.decisions}
     keys = [("compute", "computed")]

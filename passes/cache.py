@@ -26,7 +26,7 @@ from ditopt.ir import example
 from ditopt.ir.caching import Caching, Keeping
 from ditopt.ir.program import Basis, Decision, Interval, Predictor, Program, Rule
 from ditopt.ir.reuse import Store
-from ditopt.ir.select import Selection, select_regions
+from ditopt.ir.select import Selection, lacking, select_regions
 from ditopt.ir.signals import Signal
 from ditopt.pipeline import Context, Outcome, Pass
 
@@ -39,10 +39,10 @@ class Cache(Pass):
     """Compute a region on some steps and predict its value on the others.
 
     ``region``: a selector (ir/select.py). ``each``: one decision for all of it, or one for every block of it.
-    ``every``, ``first``, ``last``, ``mask``, ``since``, ``until``: the schedule (``Interval``). ``predictor``,
-    ``order``, ``time``: ``Predictor``. ``residual``: predict ``out - in`` instead of ``out``; "auto" does so for runs
-    of blocks. ``store``: keep values as they are, or in 8 bits. ``correction``: a file with tables ``scale`` and
-    ``shift`` (steps, channels), applied to predicted values.
+    ``every``, ``first``, ``last``, ``mask``, ``since``, ``until``, ``low``, ``high``: the schedule (``Interval``).
+    ``predictor``, ``order``, ``time``: ``Predictor``. ``residual``: predict ``out - in`` instead of ``out``; "auto"
+    does so for runs of blocks. ``store``: keep values as they are, or in 8 bits. ``correction``: a file with tables
+    ``scale`` and ``shift`` (steps, channels), applied to predicted values.
 
     ``signal`` (ir/signals.py): decide on the steps that the schedule leaves open by a number; then ``every=0`` (the
     default there) forces none, and a ``mask`` allows reuse at its zeros. The rest is the ``Rule``: ``test``,
@@ -59,6 +59,8 @@ class Cache(Pass):
     mask: str = ""
     since: float = 0.0
     until: float = 1.0
+    low: float = 0.0
+    high: float = 0.0
     predictor: Basis = "hold"
     order: int = 0
     time: Literal["step", "timestep"] = "step"
@@ -78,7 +80,7 @@ class Cache(Pass):
 
     contract = "approximate"
     requires = ("outline_blocks",)
-    after = ("hoist_invariants",)
+    after = ("hoist_invariants", "select_tokens")
 
     def validate(self) -> None:
         for option, least in (("first", 0), ("last", 0), ("order", 0), ("longest", 0), ("most", 0), ("budget", 0)):
@@ -93,6 +95,8 @@ class Cache(Pass):
             )
         if not 0 <= self.since < self.until <= 1:
             raise RecipeError(f"cache{{since={self.since},until={self.until}}}: expected 0 <= since < until <= 1")
+        if not self.low < self.high and (self.low or self.high):
+            raise RecipeError(f"cache{{low={self.low:g},high={self.high:g}}}: expected low < high, or 0 for both")
         if set(self.mask) - {"0", "1"}:
             raise RecipeError(f"cache{{mask={self.mask}}}: expected a text of 1 (compute) and 0 (reuse), one a step")
         if self.mask.startswith("0"):
@@ -130,7 +134,7 @@ class Cache(Pass):
     def schedule(self) -> Interval:
         """The steps that compute in any case."""
         every = self.every if self.every != -1 else 2 if self.signal == "none" else 0
-        return Interval(every, self.first, self.last, self.mask, self.since, self.until)
+        return Interval(every, self.first, self.last, self.mask, self.since, self.until, self.low, self.high)
 
     def run(self, program: Program, context: Context) -> Outcome:
         if self.mask and context.steps and len(self.mask) != context.steps:
@@ -138,10 +142,19 @@ class Cache(Pass):
                 f"mask has {len(self.mask)} steps, the request has {context.steps}: give one digit a step"
             )
         timed = self.time == "timestep" and self.predictor != "hold"
-        if timed and not any(i.role == "timestep" for i in program.inputs):
-            return Outcome(program, 0, ("there is no timestep to measure distance in; cache{time=step} counts steps",))
+        if (timed or self.schedule.timed) and not any(i.role == "timestep" for i in program.inputs):
+            said = "measure distance in; cache{time=step} counts steps" if timed else "compare low and high with"
+            return Outcome(program, 0, (f"there is no timestep to {said}",))
+        if missing := lacking(program, self.region):
+            return Outcome(program, 0, (missing,))
         selections = select_regions(program, self.region)
-        taken = {r for d in program.decisions if d.slots and not self._apart(d) for r in d.regions}
+        parts = [r.parent for r in program.regions if r.role == "part"]
+        if parts and any(s.kind != "model" for s in selections):
+            return Outcome(
+                program, 0, (f"{parts[0]} runs on part of its tokens; only its model's output is cached: region=model",)
+            )
+        decided = [d for d in program.decisions if d.slots and not self._apart(d)]
+        taken = {r for d in decided for r in d.regions if r not in parts}
         for region in (i for s in selections for i in s.ids):
             if any(
                 region == t or region.startswith(f"{t}.") or t.startswith(f"{region}.") or "model" in (region, t)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import fx
@@ -21,6 +22,7 @@ from ditopt.ir import example
 from ditopt.ir.binding import Binding, bind
 from ditopt.ir.cost import is_attention, is_matmul
 from ditopt.ir.edit import Editor, prune
+from ditopt.ir.keys import free_keys
 from ditopt.ir.outline import flatten, outline
 from ditopt.ir.program import Formal, Function, Memo, Program, formal
 from ditopt.ir.structure import trace
@@ -31,7 +33,12 @@ CONSTANT, REQUEST, TIMESTEP, SCHEDULE = MEMOS = "constant", "request", "timestep
 
 @dataclass(frozen=True)
 class HoistInvariants(Pass):
-    """Compute once a request what depends on the prompt, once a timestep what depends on the timestep."""
+    """Compute once a request what depends on the prompt, once a timestep what depends on the timestep.
+
+    ``need``: "keys" refuses a model in which no attention of the latent reads keys that depend on the prompt alone.
+    """
+
+    need: Literal["anything", "keys"] = "anything"
 
     contract = "exact"
     requires = ("canonicalize",)
@@ -47,6 +54,9 @@ class HoistInvariants(Pass):
         nodes = [n for n in trace(flat.step) if not binding[n] & Binding.LATENT and not _random(n)]
         if not any(is_matmul(n) or is_attention(n) for n in nodes):
             return Outcome(program, 0, ("no matrix product is free of the latent: hoisting would save nothing",))
+        seen, free = free_keys(flat.step, binding)
+        if self.need == "keys" and not free:
+            return Outcome(program, 0, (_bound(seen, [i.name for i in flat.inputs if i.role == "latent"]),))
         inputs = _inputs_of(flat.step)
         times = {i.name for i in flat.inputs if i.role == "timestep"}
         groups: dict[str, list[fx.Node]] = {name: [] for name in MEMOS}
@@ -83,7 +93,8 @@ class HoistInvariants(Pass):
         out = prune(flat.replace(functions=functions, memos=(*flat.memos, *memos)))
         if program.blocks():
             out = outline(out, self.name)
-        return Outcome(out, len(nodes), notes=(_share(out, everything),))
+        kept = (f"{free} of {seen} attentions read keys that are computed once a request",) if free else ()
+        return Outcome(out, len(nodes), notes=(_share(out, everything), *kept))
 
     @classmethod
     def example_applies(cls) -> Program:
@@ -92,6 +103,17 @@ class HoistInvariants(Pass):
     @classmethod
     def example_refuses(cls) -> Program:
         return example.tiny_dit(attention=False)
+
+
+def _bound(seen: int, latents: Sequence[str]) -> str:
+    if not seen:
+        return "no attention sees the latent, so there are no keys to keep for it"
+    other = f"; if one of {', '.join(latents)} stays the same within a request, say so with roles={{...: 'prompt'}}"
+    return (
+        f"in each of the {seen} attentions all keys see the latent or the timestep: the tokens of a condition attend "
+        "to the latent's, share an attention with them, or are modulated by the time of the step"
+        f"{other if len(latents) > 1 else ''}; lossless moves out of the loop what else it can"
+    )
 
 
 def _random(node: fx.Node) -> bool:

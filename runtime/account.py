@@ -71,7 +71,8 @@ class Stats:
 @dataclass
 class Ledger:
     """The hits and misses of one request. ``rules``: the schedules of the decisions asked so far; ``measured``: what
-    rules read, by decision."""
+    rules read, by decision; ``denied``: why a decision about guidance found none to skip, at the last call where it did
+    not."""
 
     request: int = 0
     calls: int = 0
@@ -81,11 +82,18 @@ class Ledger:
     measured: dict[str, list[float]] = field(default_factory=dict)
     wanted: Counter[str] = field(default_factory=Counter)
     hits: Counter[str] = field(default_factory=Counter)
+    denied: dict[str, str] = field(default_factory=dict)
 
     def note(
-        self, row: Row, wanted: Mapping[str, str], rules: Mapping[str, Schedule], measured: Mapping[str, float]
+        self,
+        row: Row,
+        wanted: Mapping[str, str],
+        rules: Mapping[str, Schedule],
+        measured: Mapping[str, float],
+        denied: Mapping[str, str],
     ) -> None:
         """A call succeeded."""
+        self.denied.update(denied)
         for name, value in measured.items():
             self.measured.setdefault(name, []).append(value)
         self.calls += 1
@@ -105,6 +113,8 @@ class Ledger:
             return f"its warm-up and last steps leave none of the {rule.steps} steps to reuse"
         if self.top < first:
             return f"the request ran {self.top + 1} steps and its schedule first reuses at step {first}"
+        if name in self.denied and not self.wanted[name]:
+            return self.denied[name]
         if not self.wanted[name] and self.measured.get(name):
             read = self.measured[name]
             return (
@@ -113,6 +123,9 @@ class Ledger:
             )
         if self.wanted[name]:
             return "no compiled variant reuses it together with what the other decisions chose"
+        if rule.interval.timed:
+            low, high = rule.interval.low, rule.interval.high
+            return f"the model's time was not between {low:g} and {high:g} at the steps that its interval would reuse"
         return "each guidance branch was new, or had missed steps, whenever the schedule would have reused"
 
     def warn(self) -> None:
@@ -123,8 +136,9 @@ class Ledger:
         hit = {repr(rule) for name, rule in self.rules.items() if self.hits[name] and self.measured.get(name)}
         for name, rule in self.rules.items():
             if not self.hits[name] and not (self.measured.get(name) and repr(rule) in hit):
+                what = f"cache {name!r}" if name.startswith("cache") else repr(name)
                 warnings.warn(
-                    f"cache {name!r} was never reused in this request: {self.reason(name)}", DitoptWarning, stacklevel=4
+                    f"{what} was never reused in this request: {self.reason(name)}", DitoptWarning, stacklevel=4
                 )
 
 

@@ -6,14 +6,14 @@ from the device all at once: at most one wait a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ditopt.artifact import StepGraph
 from ditopt.errors import SessionError
 from ditopt.ir.program import Decision
 from ditopt.runtime.plan import Ready
-from ditopt.runtime.policy import COMPUTE, REUSE, Anchor, Schedule, choose, coefficients, needed
+from ditopt.runtime.policy import COMPUTE, REUSE, Anchor, Schedule, after, choose, coefficients, missed, needed, settle
 from ditopt.runtime.rules import Course, asks, decide
 
 Read = Callable[[Sequence[str]], Sequence[Sequence[float]]]
@@ -23,11 +23,13 @@ Read = Callable[[Sequence[str]], Sequence[Sequence[float]]]
 @dataclass(frozen=True)
 class Memory:
     """What one guidance branch remembers by decision: when the values in its slots were computed, newest first; the
-    course of its rule; and inner products, with the step that they are of."""
+    course of its rule; inner products, with the step that they are of; and the decisions whose newest values one half
+    of a batch does not have (``policy.missed``)."""
 
     anchors: Mapping[str, tuple[Anchor, ...]] = field(default_factory=dict)
     courses: Mapping[str, Course] = field(default_factory=dict)
     grams: Mapping[str, tuple[int, Sequence[Sequence[float]]]] = field(default_factory=dict)
+    stale: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -53,19 +55,30 @@ def forecasts(ready: Ready, memory: Memory, now: Anchor) -> dict[str, Sequence[f
     return found
 
 
-def choose_step(ready: Ready, rules: Mapping[str, Schedule], memory: Memory, now: Anchor, read: Read) -> Choice:
-    """Decide step ``now`` of a branch with ``memory``, by the schedules ``rules`` of the decisions."""
+def choose_step(
+    ready: Ready,
+    rules: Mapping[str, Schedule],
+    memory: Memory,
+    now: Anchor,
+    read: Read,
+    denied: Collection[str] = (),
+) -> Choice:
+    """Decide step ``now`` of a branch with ``memory``, by the schedules ``rules`` of the decisions. ``denied``: those
+    about guidance that find none to skip."""
     decisions = ready.decisions
-    wanted = {d.name: choose(rules[d.name], memory.anchors.get(d.name, ()), now.step) for d in decisions}
+    wanted = {d.name: choose(rules[d.name], memory.anchors.get(d.name, ()), now.step, now.time) for d in decisions}
+    wanted |= {name: COMPUTE for name in denied if wanted[name] == REUSE}
+    wanted = settle(decisions, wanted, memory.stale)
     wanted, courses, measured = _by_rules(decisions, wanted, memory.courses, read)
     graph = ready.variant(wanted)
 
+    stale = missed(decisions, graph.choices, memory.stale)
     controls: dict[str, Sequence[float]] = {}
     anchors, grams = dict(memory.anchors), dict(memory.grams)
     for d in decisions:
         before = anchors.get(d.name, ())
         controls[d.weights] = [0.0] * d.predictor.size
-        if graph.choices.get(d.name) == REUSE:
+        if graph.choices.get(d.name) == REUSE and d.slots:
             if d.gram and grams.get(d.name, (-1, ()))[0] != before[0].step:
                 grams[d.name] = (before[0].step, _square(read([d.gram])[0]))
             if d.row:
@@ -73,9 +86,9 @@ def choose_step(ready: Ready, rules: Mapping[str, Schedule], memory: Memory, now
             gram = grams[d.name][1] if d.gram else ()
             controls[d.weights] = coefficients(d, d.predictor, before, now, ready.steps, gram)
         elif graph.choices.get(d.name, COMPUTE) == COMPUTE:
-            anchors[d.name] = (now, *before)[: d.depth]
+            anchors[d.name] = after(d, now, before, memory.stale - stale)
             courses[d.name] = memory.courses.get(d.name, Course()).computed() if d.rule else Course()
-    return Choice(wanted, graph, controls, Memory(anchors, courses, grams), measured)
+    return Choice(wanted, graph, controls, Memory(anchors, courses, grams, stale), measured)
 
 
 def _by_rules(
@@ -114,6 +127,6 @@ def still_used(ready: Ready, rules: Mapping[str, Schedule], memory: Memory, step
         kept = needed(d, rules[d.name], step)
         if kept is None or d.name not in anchors:
             continue
-        gone |= {slot for group in d.slots for slot in group[kept:]}
+        gone |= {slot for group in d.slots for slot in group[kept * d.predictor.bands :]}
         anchors[d.name] = anchors[d.name][:kept]
-    return Memory(anchors, memory.courses, memory.grams), gone
+    return replace(memory, anchors=anchors), gone

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +44,36 @@ def ort_executables(folder: str | Path, manifest: Manifest) -> dict[str, Executa
     return {graph.name: _Graph(Path(folder), graph) for graph in manifest.every_graph}
 
 
+Kernel = tuple[str, list[int], list[int]]
+"""A kernel that ran: its name, the shapes of its first operand and of its first result."""
+
+_PROFILE: ContextVar[list[Kernel] | None] = ContextVar("profile", default=None)
+
+
+@contextmanager
+def profiled() -> Iterator[list[Kernel]]:
+    """Inside, graphs run under the profiler of onnxruntime; the list gets each kernel that ran. A run loads its graph
+    anew, so times say nothing."""
+    events: list[Kernel] = []
+    token = _PROFILE.set(events)
+    try:
+        yield events
+    finally:
+        _PROFILE.reset(token)
+
+
+def _read_profile(file: str) -> list[Kernel]:
+    """The kernels of a profile that onnxruntime wrote."""
+    found = []
+    for event in json.loads(Path(file).read_text()):
+        args = event.get("args", {})
+        if event.get("cat") == "Node" and str(event.get("name", "")).endswith("_kernel_time"):
+            first = [next(iter(t.values())) for k in ("input", "output") for t in args.get(f"{k}_type_shape", [])[:1]]
+            if len(first) == 2:
+                found.append((str(args["op_name"]), first[0], first[1]))
+    return found
+
+
 def _onnxruntime() -> Any:
     try:
         return require("onnxruntime", "cpu")
@@ -66,7 +101,8 @@ class _Graph:
         if len(tensors) != self._count:
             raise SessionError(f"graph {self._name!r} takes {self._count} tensors, {len(tensors)} given")
         home = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
-        session = self._session(home)
+        events = _PROFILE.get()
+        session = self._session(home) if events is None else self._load(home, profile=True)
         on_gpu = session.get_providers()[0] == "CUDAExecutionProvider"
         device = home if on_gpu else torch.device("cpu")
         tensors = [t.detach().to(device).contiguous() for t in tensors]
@@ -88,32 +124,42 @@ class _Graph:
         session.run_with_iobinding(binding)
         if on_gpu:
             binding.synchronize_outputs()
+        if events is not None:
+            file = session.end_profiling()
+            events += _read_profile(file)
+            Path(file).unlink()
         return outputs if device == home else [t.to(home) for t in outputs]
 
     def _session(self, device: torch.device) -> Any:
         if device not in self._sessions:
-            ort = _onnxruntime()
-            options = ort.SessionOptions()
-            options.log_severity_level = 3
-            options.intra_op_num_threads = torch.get_num_threads()
-            # Each variant has a thread pool of its own; spinning threads of one would take the cores of the next.
-            options.add_session_config_entry("session.force_spinning_stop", "1")
-            asked: list[Any] = ["CPUExecutionProvider"]
-            if device.type == "cuda" and "CUDAExecutionProvider" in ort.get_available_providers():
-                asked.insert(0, ("CUDAExecutionProvider", {"device_id": str(device.index or 0)}))
-            try:
-                session = ort.InferenceSession(str(self._file), options, providers=asked)
-            except Exception as error:  # onnxruntime's exceptions share no base class
-                raise ArtifactError(
-                    f"{self._file} cannot be loaded by onnxruntime ({error}); export the model again"
-                ) from error
-            # get_available_providers() lists what was compiled in, not what works here; only the session knows.
-            if device.type != "cpu" and session.get_providers()[0] != "CUDAExecutionProvider":
-                warnings.warn(
-                    f"inputs are on {device}, but this onnxruntime runs on {session.get_providers()[0]}: every step "
-                    "copies through the host; pip install 'ditopt[gpu]' in place of 'ditopt[cpu]'",
-                    DitoptWarning,
-                    stacklevel=2,
-                )
-            self._sessions[device] = session
+            self._sessions[device] = self._load(device)
         return self._sessions[device]
+
+    def _load(self, device: torch.device, profile: bool = False) -> Any:
+        ort = _onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
+        if profile:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(tempfile.gettempdir()) / f"ditopt-{uuid.uuid4().hex}")
+        # Each variant has a thread pool of its own; spinning threads of one would take the cores of the next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        asked: list[Any] = ["CPUExecutionProvider"]
+        if device.type == "cuda" and "CUDAExecutionProvider" in ort.get_available_providers():
+            asked.insert(0, ("CUDAExecutionProvider", {"device_id": str(device.index or 0)}))
+        try:
+            session = ort.InferenceSession(str(self._file), options, providers=asked)
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise ArtifactError(
+                f"{self._file} cannot be loaded by onnxruntime ({error}); export the model again"
+            ) from error
+        # get_available_providers() lists what was compiled in, not what works here; only the session knows.
+        if device.type != "cpu" and session.get_providers()[0] != "CUDAExecutionProvider":
+            warnings.warn(
+                f"inputs are on {device}, but this onnxruntime runs on {session.get_providers()[0]}: every step "
+                "copies through the host; pip install 'ditopt[gpu]' in place of 'ditopt[cpu]'",
+                DitoptWarning,
+                stacklevel=3,
+            )
+        return session

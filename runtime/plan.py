@@ -20,7 +20,8 @@ _AGAIN = "optimize the model again for these inputs"
 
 class Ready:
     """``decisions``: those of the manifest, or rescheduled; ``names``: input names by role; ``graphs``: step and memo
-    graphs by name; ``models``: slots that outlive requests; ``lasting``: their values; ``reads_time``: whether every
+    graphs by name; ``models``: slots that outlive requests; ``lasting``: their values; ``shared``: slots that the first
+    call of a step writes for the others; ``guides``: decisions about guidance; ``reads_time``: whether every
     call has to read the timestep; ``steps``: of the request whose ``rules`` were asked last."""
 
     def __init__(self, plan: Plan) -> None:
@@ -32,6 +33,8 @@ class Ready:
         for i in plan.manifest.inputs:
             self.names[i.role].append(i.name)
         self.models = {s.name for s in plan.manifest.state if s.lifetime == "model"}
+        self.shared = {s.name for s in plan.manifest.state if s.lifetime == "step"}
+        self.guides = [d for d in plan.manifest.decisions if d.guidance]
         self.lasting: dict[str, Tensor] = {}
         self._variants = list(plan.manifest.graphs)
         self.reads_time = self.memos.reads_time() or any(
@@ -39,6 +42,7 @@ class Ready:
             for d in plan.manifest.decisions
             for p in (d.predictor, *([d.rule.predictor] if d.rule else []))
         )
+        self.reads_time = self.reads_time or any(d.schedule.timed for d in plan.manifest.decisions)
         self._controls = {name: t for d in plan.manifest.decisions for name, t in d.controls.items()}
         self._types = {s.name: s.type for s in plan.manifest.state}
         self._rules: dict[int | None, dict[str, Schedule]] = {}

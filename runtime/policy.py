@@ -10,7 +10,7 @@ import itertools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ditopt.artifact import StepGraph
@@ -36,6 +36,8 @@ class Schedule:
         if self.interval.mask:
             return step >= len(self.interval.mask) or self.interval.mask[step] == "1"
         if self.idle(step):
+            return self.interval.outside == "compute"
+        if step in self.resets:
             return True
         # nothing is cached before the first step
         warm = max(self.interval.first, int(self.window[0]) + (not self.stateless))
@@ -43,8 +45,14 @@ class Schedule:
             return True
         return self.steps is not None and step >= self.steps - self.interval.last
 
+    @property
+    def resets(self) -> set[int]:
+        """The steps that compute besides."""
+        words = self.interval.resets.split()
+        return {round(float(w[:-1]) / 100 * (self.steps or 0)) if w.endswith("%") else int(w) for w in words}
+
     def idle(self, step: int) -> bool:
-        """Whether ``step`` lies outside the window, where values are computed and not kept."""
+        """Whether ``step`` lies outside the window, where no value is kept."""
         low, high = self.window
         return step < low or step >= high
 
@@ -92,6 +100,11 @@ def schedule(interval: Interval, steps: int | None, name: str = "cache") -> Sche
             f"decision {name!r} holds within a part of the request ({interval.since:g} to {interval.until:g}), and the "
             "number of steps is unknown; pass steps= to optimize or open a session with steps="
         )
+    if "%" in interval.resets and steps is None:
+        raise SessionError(
+            f"decision {name!r} computes at shares of the request ({interval.resets}), and the number of steps is unknown; "
+            "pass steps= to optimize or open a session with steps="
+        )
     if interval.last and steps is None and interval.every != 1:
         warnings.warn(
             f"decision {name!r} asks that the last {interval.last} steps compute, but the number of steps is unknown, "
@@ -110,20 +123,46 @@ class Anchor:
     time: float | None = None
 
 
-def choose(rule: Schedule, anchors: Sequence[Anchor], step: int) -> str:
+def choose(rule: Schedule, anchors: Sequence[Anchor], step: int, time: float | None = None) -> str:
     """ "compute", "reuse" or "bypass" at ``step``, given the computed steps of this branch, newest first.
+
+    ``time``: the model's, where the schedule looks at it (where it is None such a schedule computes).
 
     A branch without a value computes. So does one that was not called at a step when it should have computed
     (guidance intervals): its value is older than the schedule allows.
     """
     if rule.stateless:
         return COMPUTE if rule(step) else REUSE
-    if rule.idle(step):
+    if rule.idle(step) and rule.interval.outside == "compute":
         return BYPASS
-    if not anchors:
+    if not anchors or not _within(rule.interval, time):
         return COMPUTE
     since = range(min(anchors[0].step + 1, step), step + 1)
     return COMPUTE if any(rule(s) for s in since) else REUSE
+
+
+def settle(decisions: Sequence[Decision], wanted: Mapping[str, str], stale: Collection[str] = ()) -> dict[str, str]:
+    """``wanted``, where a branch of guidance is skipped or was: of a skipped call nothing else is computed or kept, and
+    what half of a batch missed (``stale``) is computed for all of it before it is reused."""
+    guides = {d.name for d in decisions if d.guidance}
+    wanted = {n: COMPUTE if n in guides and c == BYPASS else c for n, c in wanted.items()}
+    skipped = {d.guidance for d in decisions if d.guidance and wanted[d.name] == REUSE}
+    if "calls" in skipped:
+        return {n: c if n in guides else BYPASS for n, c in wanted.items()}
+    if "batch" in skipped:
+        return dict(wanted)
+    return {n: COMPUTE if n in stale and c == REUSE else c for n, c in wanted.items()}
+
+
+def missed(decisions: Sequence[Decision], choices: Mapping[str, str], stale: frozenset[str]) -> frozenset[str]:
+    """The decisions whose newest values half of the batch does not have, after a step of these ``choices``."""
+    computed = {d.name for d in decisions if not d.guidance and choices.get(d.name, COMPUTE) == COMPUTE}
+    skips = any(d.guidance == "batch" and choices.get(d.name) == REUSE for d in decisions)
+    return stale | computed if skips else stale - computed
+
+
+def _within(interval: Interval, time: float | None) -> bool:
+    return not interval.timed or (time is not None and interval.low < time < interval.high)
 
 
 def coefficients(
@@ -186,7 +225,8 @@ def table(
 ) -> list[TableRow]:
     """What one branch that is called at every step of a request of ``steps`` steps will do.
 
-    ``times``: the model's time at each step; needed by predictors that measure distance in timesteps, else ignored.
+    ``times``: the model's time at each step; needed by predictors that measure distance in timesteps, and by schedules
+    that look at it, else ignored.
     ``graphs``: the compiled variants, where rows without their own variant compute more; None: every row has one.
     """
     if times is not None and len(times) != steps:
@@ -194,47 +234,70 @@ def table(
     measured = [d.name for d in decisions if d.rule is not None or d.gram]
     if measured:
         raise SessionError(f"{', '.join(measured)}: what it does depends on what a request measures; run one")
+    called = [d.name for d in decisions if d.guidance == "calls"]
+    if called:
+        raise SessionError(f"{', '.join(called)}: each of the calls of a step takes its own graph; run a request")
     for d in decisions:
         if times is None and d.predictor.time == "timestep" and d.predictor.basis != "hold":
             raise SessionError(
                 f"decision {d.name!r} predicts in the model's time: pass the timesteps of the {steps} steps"
             )
-    rules = {d.name: schedule_of(d, steps) for d in decisions}
-    anchors: dict[str, list[Anchor]] = {d.name: [] for d in decisions}
+        if times is None and d.schedule.timed:
+            raise SessionError(
+                f"decision {d.name!r} reuses at times between {d.schedule.low:g} and {d.schedule.high:g}: pass the "
+                f"timesteps of the {steps} steps"
+            )
     rows = []
-    for step in range(steps):
-        now = Anchor(step, None if times is None else float(times[step]))
-        choices = {d.name: choose(rules[d.name], anchors[d.name], step) for d in decisions}
-        if graphs is not None:
-            choices = {**dict.fromkeys(choices, COMPUTE), **fit(choices, graphs).choices}
-        row: dict[str, list[float]] = {}
-        for d in decisions:
-            if choices[d.name] == REUSE:
-                row[d.name] = coefficients(d, d.predictor, anchors[d.name], now, steps)
-            else:
-                row[d.name] = [0.0] * d.predictor.size
-            if choices[d.name] == COMPUTE:
-                anchors[d.name] = [now, *anchors[d.name]][: d.depth]
-        rows.append(TableRow(step, choices, row))
+    for now, choices, anchors in walk(decisions, steps, times, graphs):
+        row = {
+            d.name: coefficients(d, d.predictor, anchors[d.name], now, steps)
+            if choices[d.name] == REUSE and d.slots
+            else [0.0] * d.predictor.size
+            for d in decisions
+        }
+        rows.append(TableRow(now.step, choices, row))
     return rows
 
 
-def distinct(decisions: Sequence[Decision], steps: int) -> list[Mapping[str, str]]:
-    """The combinations of choices that a request of ``steps`` steps takes, the most frequent first."""
-    columns = [planned(schedule_of(d, steps), steps) for d in decisions]
-    rows = Counter(zip(*columns, strict=True))
-    return [dict(zip([d.name for d in decisions], row, strict=True)) for row, _ in rows.most_common()]
-
-
-def planned(rule: Schedule, steps: int) -> list[str]:
-    """What a branch that is called at every step does."""
-    anchors: list[Anchor] = []
-    out = []
+def walk(
+    decisions: Sequence[Decision],
+    steps: int,
+    times: Sequence[float] | None = None,
+    graphs: Sequence[StepGraph] | None = None,
+    leads: bool = False,
+) -> Iterator[tuple[Anchor, Mapping[str, str], Mapping[str, Sequence[Anchor]]]]:
+    """Each step of a branch that is called at every one: what is chosen, and the computed steps before. ``leads``:
+    it is the one that is called first in each step, which no decision about guidance skips."""
+    rules = {d.name: schedule_of(d, steps) for d in decisions}
+    anchors: dict[str, tuple[Anchor, ...]] = {d.name: () for d in decisions}
+    stale: frozenset[str] = frozenset()
     for step in range(steps):
-        out.append(choose(rule, anchors, step))
-        if out[-1] == COMPUTE:
-            anchors = [Anchor(step)]
-    return out
+        now = Anchor(step, None if times is None else float(times[step]))
+        choices = {d.name: choose(rules[d.name], anchors[d.name], step, now.time) for d in decisions}
+        choices |= {d.name: COMPUTE for d in decisions if leads and d.guidance == "calls"}
+        choices = settle(decisions, choices, stale)
+        if graphs is not None:
+            choices = {**dict.fromkeys(choices, COMPUTE), **fit(choices, graphs).choices}
+        yield now, choices, dict(anchors)
+        before, stale = stale, missed(decisions, choices, stale)
+        for d in decisions:
+            if choices[d.name] == COMPUTE:
+                anchors[d.name] = after(d, now, anchors[d.name], before - stale)
+
+
+def after(d: Decision, now: Anchor, anchors: Sequence[Anchor], caught_up: Collection[str]) -> tuple[Anchor, ...]:
+    """The computed steps of ``d`` that count once ``now`` is one: none before it where half of a batch missed some and
+    has ``caught_up`` now."""
+    return (now,) if d.name in caught_up else (now, *anchors)[: d.depth]
+
+
+def distinct(decisions: Sequence[Decision], steps: int) -> list[Mapping[str, str]]:
+    """The combinations of choices that a request of ``steps`` steps takes, the most frequent first; where schedules
+    look at the model's time, those inside of it."""
+    inside = [replace(d, schedule=replace(d.schedule, low=0.0, high=0.0)) for d in decisions]
+    kinds = (False, True) if any(d.guidance == "calls" for d in decisions) else (False,)
+    rows = Counter(tuple(row.items()) for leads in kinds for _, row, _ in walk(inside, steps, leads=leads))
+    return [dict(row) for row, _ in rows.most_common()]
 
 
 def needed(decision: Decision, rule: Schedule, step: int) -> int | None:

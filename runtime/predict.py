@@ -18,6 +18,9 @@ _FLOAT32_MAX = 3.4028234663852886e38
 SIGMA = 0.5
 """HiCache's contraction of Hermite polynomials (arXiv 2508.16984)."""
 
+BOOST = 1.1
+"""FasterCache's factor on kept differences of guidance, and by how much which part of the request needs more of it."""
+
 HORIZON = 3.0
 """FoCa trusts its slope for this many steps; beyond, what it adds shrinks as HORIZON / distance."""
 
@@ -67,6 +70,8 @@ def weights(
     foca        FoCa (arXiv 2508.16211) as cache-dit runs it: newest + k/2 ((newest - the one before) + (F0 - F1)), F0
                 and F1 the last two values, computed or predicted; beyond k = HORIZON what is added there is blended
                 out, by HORIZON / k.
+    bands       FasterCache's weights of low and high frequencies (arXiv 2410.19355): BOOST for the low ones between a
+                tenth and nine tenths of the request, and for the high ones in its last three tenths, else 1.
     dmd         dynamic mode decomposition of the newest computed values that are equally far apart; with fewer than 4
                 of these hermite of order 1.
     """
@@ -81,13 +86,16 @@ def weights(
     # A repeated position (Heun evaluates a time twice) carries no slope: its newest value stands for it.
     kept = [i for i, a in enumerate(given) if a not in given[:i]]
     inner = [[row[j] for j in kept] for row in (gram[i] for i in kept)] if gram else ()
-    if predictor.basis == "ramp" and progress is None:
+    if predictor.basis in ("ramp", "bands") and progress is None:
+        what = "the ramp needs" if predictor.basis == "ramp" else "weights of frequencies need"
         raise SessionError(
-            f"decision {name!r}: the ramp needs the number of steps of the request; pass steps= to optimize or open a "
+            f"decision {name!r}: {what} the number of steps of the request; pass steps= to optimize or open a "
             "session with steps="
         )
     found = _BASES[predictor.basis](At([given[i] for i in kept], at, progress, inner))
     result = [0.0] * predictor.size
+    if predictor.bands > 1:
+        kept = list(range(predictor.size))
     for i, c in zip(kept, found, strict=False):  # a basis may read fewer values than there are
         result[i] = c
     for i, c in enumerate(found[len(kept) :] if predictor.window else ()):
@@ -163,6 +171,11 @@ def _ramp(where: At) -> list[float]:
     return [1 + w, -w] if len(where.positions) > 1 else [1.0]
 
 
+def _bands(where: At) -> list[float]:
+    done = where.progress or 0.0
+    return [BOOST if 0.1 < done < 0.9 else 1.0, BOOST if done > 0.7 else 1.0]
+
+
 def _foca(where: At) -> list[float]:
     half = min(where.distance, HORIZON * HORIZON / where.distance) / 2
     if len(where.positions) < 2:
@@ -190,4 +203,5 @@ _BASES: Mapping[str, Callable[[At], list[float]]] = {
     "ramp": _ramp,
     "foca": _foca,
     "dmd": _dmd,
+    "bands": _bands,
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,10 +23,11 @@ from ditopt.runtime.account import Ledger, Patience, Row, Stats
 from ditopt.runtime.ahead import clock_bits
 from ditopt.runtime.choice import Choice, Memory, choose_step, forecasts, still_used
 from ditopt.runtime.clock import BRANCHES, Clock, Kind, Tick
+from ditopt.runtime.guidance import NOT_DOUBLED, Lead, doubled, unguided
 from ditopt.runtime.hoisted import hoisted
 from ditopt.runtime.plan import Ready
 from ditopt.runtime.policy import REUSE, Anchor
-from ditopt.runtime.same import own, storages
+from ditopt.runtime.same import Held, own, storages
 
 Event = Callable[[str, Mapping[str, Any]], None]
 """Called with a name and fields: "request" (request, reason), "step" (request, step, branch, graph, choices, time),
@@ -42,6 +43,7 @@ class Branch:
     last: int = -1
     slots: Mapping[str, Tensor] = field(default_factory=dict)
     memory: Memory = field(default_factory=Memory)
+    doubled: bool | None = None  # whether its batch holds each latent twice, where that was asked
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,10 @@ class _Done:
     results: list[Tensor]
     branch: Branch | None
     lasting: dict[str, Tensor]
+    lead: Lead | None
     row: Row
     choice: Choice
+    denied: Mapping[str, str]
     ran: Sequence[StepGraph]
 
 
@@ -68,6 +72,7 @@ class Session:
         self._on_event = on_event
         self._plans: OrderedDict[int, Ready] = OrderedDict()
         self._branches: dict[tuple[int, Hashable], Branch] = {}
+        self._leads: dict[int, Lead] = {}  # by plan, of its running step
         self._checked: set[int] = set()  # plans whose weights were compared in this request
         self._ledger = Ledger()
         self._patience = Patience()
@@ -83,6 +88,7 @@ class Session:
     def state_bytes(self) -> int:
         """Bytes of the memory in which slots live now, those of all guidance branches."""
         kept = [t for b in self._branches.values() for t in b.slots.values()]
+        kept += [t for lead in self._leads.values() for t in lead.slots.values()]
         kept += [t for ready in self._plans.values() for t in ready.lasting.values()]
         memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
         return sum(memory.values())
@@ -135,6 +141,7 @@ class Session:
         for key in [k for k, r in self._plans.items() if plan is None or r.plan is plan]:
             del self._plans[key]
             self._branches = {k: b for k, b in self._branches.items() if k[0] != key}
+            self._leads.pop(key, None)
             self._checked.discard(key)
 
     def reschedule(self, masks: Mapping[str, str]) -> None:
@@ -172,6 +179,7 @@ class Session:
 
     def _free(self) -> None:
         self._branches.clear()
+        self._leads.clear()
         self._checked.clear()
 
     # -- calls ---------------------------------------------------------------------------------------------------
@@ -233,8 +241,14 @@ class Session:
         values, filled = self._memo_values(ready, given, bits, params)
 
         branch, kept = self._branch(ready, tick)
+        now = Anchor(tick.step, tick.time)
+        lead = self._leads.get(id(ready.plan))
+        lead = lead if lead is not None and lead.step == tick.step else None
+        branch, denied = self._guided(ready, given, tick, branch, lead)
+        ran = [*filled]
         carried: dict[str, Tensor] = {}
         controls: Mapping[str, Sequence[float]] = {}
+        probe = ready.manifest.probe
 
         def argument(formal: Formal) -> Tensor:
             if formal.kind == "carry":
@@ -247,41 +261,58 @@ class Session:
                 return values[formal.ref]
             if formal.kind == "control":
                 return ready.control(formal.ref, controls[formal.ref], device)
-            return ready.slot(branch.slots, formal.ref, device)
+            shared = lead.slots if lead is not None else {}
+            return ready.slot(shared if formal.ref in ready.shared else branch.slots, formal.ref, device)
 
-        now = Anchor(tick.step, tick.time)
-        rules = ready.rules(self.clock.steps)
-        ready.warn_late(tick.step)
-        probe = ready.manifest.probe
-        if probe is not None:
+        def measured() -> None:
+            """Run the probe, where it did not run yet: a skipped branch of guidance needs nothing of it."""
+            nonlocal controls
+            if probe is None or probe in ran:
+                return
             controls = forecasts(ready, branch.memory, now)
             outputs = ready.plan.run[probe.name]([argument(f) for f in probe.inputs])
-            carried |= zip(ready.manifest.measured, outputs, strict=False)
-            carried |= {u.slot: outputs[u.output] for u in probe.updates}
+            carried.update(zip(ready.manifest.measured, outputs, strict=False))
+            carried.update({u.slot: outputs[u.output] for u in probe.updates})
+            ran.append(probe)
+
+        rules = ready.rules(self.clock.steps)
+        ready.warn_late(tick.step)
 
         def read(names: Sequence[str]) -> list[list[float]]:
             self.stats.reads += 1
+            if set(names) & set(ready.manifest.measured):
+                measured()
             found = [carried[n] if n in carried else ready.slot(branch.slots, n, device) for n in names]
             host = torch.cat([t.detach().double().flatten() for t in found]).cpu().tolist()
             return [[host.pop(0) for _ in range(t.numel())] for t in found]
 
-        choice = choose_step(ready, rules, branch.memory, now, read)
-        graph, controls = choice.graph, choice.controls
+        choice = choose_step(ready, rules, branch.memory, now, read, denied)
+        graph = choice.graph
+        if any(f.kind == "carry" for f in graph.inputs):
+            measured()
+        controls = choice.controls
         outputs = list(ready.plan.run[graph.name]([argument(f) for f in graph.inputs]))
         results = outputs[: graph.results]
-        slots, lasting = self._updated(ready, graph, branch, outputs, given)
+        slots, lasting, shared = self._updated(ready, graph, branch, outputs, given)
         # The caller may write into what it is given: a result that lives in a slot or a memo is copied.
-        results = own(results, storages([*slots.values(), *lasting.values(), *values.values()]))
+        results = own(results, storages([*slots.values(), *lasting.values(), *shared.values(), *values.values()]))
+        new_lead = None
+        if lead is None and any(d.guidance == "calls" for d in ready.guides):
+            latents = [Held(t) for t in ready.by_role(given, "latent")]
+            new_lead = Lead(tick.step, tick.branch, self.clock.context, latents, shared)
 
         memory, gone = still_used(ready, rules, choice.memory, tick.step)
-        new = Branch(branch.number, tick.step, {k: v for k, v in slots.items() if k not in gone}, memory)
+        kept_slots = {k: v for k, v in slots.items() if k not in gone}
+        new = replace(branch, last=tick.step, slots=kept_slots, memory=memory)
         row = Row(tick.step, new.number, graph.name, {**dict.fromkeys(choice.wanted, "compute"), **graph.choices})
-        ran = [*filled, graph, *([probe] if probe is not None else [])]
-        return _Done(results, new if kept else None, lasting, row, choice, ran)
+        ran.append(graph)
+        return _Done(results, new if kept else None, lasting, new_lead, row, choice, denied, ran)
 
     def _commit(self, ready: Ready, tick: Tick, done: _Done) -> None:
         """The call succeeded: keep its state, then count and tell."""
         ready.lasting = done.lasting
+        if done.lead is not None:
+            self._leads[id(ready.plan)] = done.lead
         if done.branch is not None:
             self._branches[id(ready.plan), tick.branch] = done.branch
         stats, row = self.stats, done.row
@@ -298,7 +329,7 @@ class Session:
         stats.block_flops += sum(g.block_flops for g in done.ran)
         stats.full_flops += ready.manifest.full_flops
         stats.full_block_flops += ready.manifest.full_block_flops
-        self._ledger.note(row, done.choice.wanted, ready.rules(self.clock.steps), done.choice.measured)
+        self._ledger.note(row, done.choice.wanted, ready.rules(self.clock.steps), done.choice.measured, done.denied)
         self._event("step", request=tick.request, time=tick.time, **vars(row))
         if self.clock.kind == "guess":
             self._patience.note(tick.opened, REUSE in row.choices.values(), self._ledger)
@@ -341,22 +372,43 @@ class Session:
             del self._branches[oldest]
         return Branch(number), True
 
+    def _guided(
+        self, ready: Ready, given: Mapping[str, Tensor], tick: Tick, branch: Branch, lead: Lead | None
+    ) -> tuple[Branch, dict[str, str]]:
+        """The branch, knowing whether its batch is doubled where a decision asks that; why decisions about guidance
+        find none to skip in this call, by name."""
+        latents, denied = ready.by_role(given, "latent"), dict[str, str]()
+        for d in ready.guides:
+            if d.guidance == "batch" and branch.doubled is None:
+                self.stats.reads += 1
+                branch = replace(branch, doubled=doubled(latents))
+            if d.guidance == "calls":
+                why, reads = unguided(lead, tick.branch, latents)
+                self.stats.reads += reads
+            else:
+                why = "" if branch.doubled else NOT_DOUBLED
+            if why:
+                denied[d.name] = why
+        return branch, denied
+
     def _updated(
         self, ready: Ready, graph: StepGraph, branch: Branch, outputs: list[Tensor], given: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The slots of the branch, and those that outlive requests, after ``graph`` ran."""
-        slots, lasting = dict(branch.slots), dict(ready.lasting)
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """The slots of the branch, those that outlive requests, and those for the other calls of the step, after
+        ``graph`` ran."""
+        slots, lasting, shared = dict(branch.slots), dict(ready.lasting), dict[str, Tensor]()
         old: Mapping[str, Tensor]
         foreign = storages(given.values())  # the sampler may write into its latent: a slot never lives there
         for update in graph.updates:
             old, new = (ready.lasting, lasting) if update.slot in ready.models else (branch.slots, slots)
+            new = shared if update.slot in ready.shared else new
             if update.output >= 0:
                 new[update.slot] = own([outputs[update.output]], foreign)[0]
             elif update.source in old:
                 new[update.slot] = old[update.source]
             else:
                 new.pop(update.slot, None)  # the source still is zeros
-        return slots, lasting
+        return slots, lasting, shared
 
     def _event(self, kind: str, **fields: Any) -> None:
         if self._on_event is not None:

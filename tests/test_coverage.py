@@ -107,7 +107,6 @@ def test_rows_are_written_in_the_order_of_the_registry_and_replaced(tmp_path):
 def test_the_markdown_counts_and_explains():
     text = coverage.markdown([REFUSED, GOOD, BAD])
     assert "**Of 3: captured 2, blocks 1, exact 2, cached 1, onnx 1; all five 1.**" in text
-    assert "together take 1.5 times" in text
     assert "| flux | export | 6 | 2 | 40% | ✓ | ✓ | ✓ |" in text
     assert "| wan | export | ✗ 2 of 3 | 2 | 10% | ✓ | ✗ | ✗ |" in text
     assert "* wan: blocks: 2 of 3; cached: no site; onnx: NaN" in text

@@ -273,7 +273,7 @@ def test_explanation_tells_everything():
     for line in (
         r"hidden_states +latent +float32\[3, 8, 16\]",
         r"timestep +timestep +float32\[3\]",
-        r"stage 0 +blocks\.0\.\.2 +3 blocks +1 body +attn\+mlp",
+        r"stage 0 +blocks\.0\.\.2 +3 blocks +1 body +attn\.self\+mlp",
         r"never sees the latent",
         r"hoist_invariants: applied \d+",
         r"full +eager .* 100.0%",

@@ -226,6 +226,24 @@ class FeedFirst(nn.Module):
         return x
 
 
+class Reattending(nn.Module):
+    """Blocks that attend again to what they attended to, before all of it is added to the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleList(nn.Linear(16, n) for n in (48, 48, 16, 32)) for _ in range(3))
+        self.downs = nn.ModuleList(nn.Linear(32, 16) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = x + timestep[:, None, None]
+        for block, down in zip(self.blocks, self.downs, strict=True):
+            qkv, again, out, up = block.children()
+            a = F.scaled_dot_product_attention(*qkv(F.layer_norm(x, (16,))).chunk(3, -1))
+            x = x + out(a + F.scaled_dot_product_attention(*again(a).chunk(3, -1)))
+            x = x + down(F.gelu(up(F.layer_norm(x, (16,)))))
+        return x
+
+
 LATENTS = {"latents": torch.randn(2, 9, 8), "sigma": torch.rand(2) * 5, "prompt_embeds": torch.randn(2, 6, 24)}
 TOKENS = {"x": torch.randn(2, 5, 16), "timestep": torch.rand(2)}
 STRUCTURES: dict[
@@ -236,6 +254,7 @@ STRUCTURES: dict[
     "refined text": (Refined, LATENTS, "AB", [0, 1], 2),  # the last one drops the text
     "global skip": (lambda: GlobalSkip(depth=3), ZOO["plain"].inputs(), "AAA", [0, 0, 0], 0),
     "parallel": (Parallel, TOKENS, "AAA", [0, 0, 0], 0),
+    "reattending": (Reattending, TOKENS, "AAA", [0, 0, 0], 0),
     "tables": (Tables, ZOO["plain"].inputs(), "AAA", [0, 0, 0], 0),
 }
 

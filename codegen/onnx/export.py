@@ -27,7 +27,10 @@ from torch import Tensor, fx
 
 from ditopt.artifact import Manifest, StepGraph, read_manifest, to_json
 from ditopt.codegen.onnx import bfloat16
+from ditopt.codegen.onnx.quantized import fused_attention, translations
 from ditopt.codegen.onnx.repairs import (
+    alike_factors,
+    counted_repeats,
     full_masks,
     plain_splits,
     runnable_wheres,
@@ -39,6 +42,9 @@ from ditopt.codegen.onnx.weights import WeightStore, check_dtype
 from ditopt.errors import ArtifactError, BadInput, DitoptError, require
 
 __all__ = ["WeightStore", "export_artifact", "export_graph", "opset"]
+
+_BEFORE = (widen_half_sums, full_masks, true_squeezes, wide_indices, counted_repeats, alike_factors)
+"""Repairs of what torch's exporter is given."""
 
 _INLINE_BYTES = 1024  # constants of a graph up to this size stay inside its .onnx
 
@@ -239,12 +245,21 @@ def _translate(module: fx.GraphModule, inputs: Sequence[Tensor], where: str) -> 
     try:
         with torch.no_grad(), _quiet():
             exported = torch.export.export(module, tuple(inputs), strict=False)
-            for repair in (widen_half_sums, full_masks, true_squeezes, wide_indices):
+            for repair in _BEFORE:
                 repair(exported)
             # The exporter's optimizer drops additions of small numbers (1e-15 in linear attention): 0/0 at run time.
-            program = torch.onnx.export(exported, (), dynamo=True, optimize=False, opset_version=opset(), verbose=False)
+            number = opset()
+            program = torch.onnx.export(
+                exported,
+                (),
+                dynamo=True,
+                optimize=False,
+                opset_version=number,
+                custom_translation_table=translations(number),
+                verbose=False,
+            )
     except Exception as error:
-        raise DitoptError(f"{where} cannot be translated to ONNX: {error}") from error
+        raise DitoptError(f"{where} cannot be translated to ONNX: {_reason(error)}") from error
     model = program.model  # type: ignore[union-attr]
     for value, node in zip(model.graph.outputs, exported.graph.output_node().args[0], strict=True):
         expected = str(node.meta["val"].dtype)
@@ -262,8 +277,21 @@ def _translate(module: fx.GraphModule, inputs: Sequence[Tensor], where: str) -> 
     model.graph.metadata_props.clear()
     plain_splits(model)
     runnable_wheres(model)
+    fused_attention(model)
     importlib.import_module("onnx_ir.passes.common").RemoveUnusedNodesPass()(model)
     return model
+
+
+def _reason(error: BaseException) -> str:
+    """The operator at which the exporter stopped, and why, in one line: its own message is advice to developers of
+    torch, and the reason is the cause of a cause."""
+    operator = ""
+    while error.__cause__ is not None:
+        found = re.search(r"target=torch\.ops\.([\w.]+)", str(error))
+        operator = f"{found[1]}: " if found else operator
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [""]
+    return f"{operator}{type(error).__name__}: {lines[0]}"
 
 
 @contextlib.contextmanager

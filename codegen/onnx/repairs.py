@@ -83,6 +83,68 @@ def wide_indices(program: torch.export.ExportedProgram) -> int:
     return count
 
 
+def counted_repeats(program: torch.export.ExportedProgram) -> int:
+    """Write out, in place, rows repeated as often as a tensor says: row i of the result is the one before whose end,
+    the sum of the counts up to it, i lies. The exporter has no way to tell ONNX the size. How many were rewritten."""
+    count = 0
+    for node in list(program.graph.nodes):
+        if node.target is _aten.repeat_interleave.Tensor:
+            _become_repeats(program.graph, node, node.args[0], node.meta["val"].shape[0])
+        elif node.target is _aten.repeat_interleave.self_Tensor:
+            source, repeats, *rest = node.args
+            dim = (rest or [node.kwargs.get("dim")])[0]
+            with program.graph.inserting_before(node):
+                if dim is None:
+                    source, dim = _computed(program.graph, _aten.reshape.default, source, [-1]), 0
+                rows = program.graph.call_function(_aten.repeat_interleave.Tensor)
+            size = node.meta["val"].shape[dim]
+            rows.meta = {**node.meta, "val": repeats.meta["val"].new_empty(size, dtype=torch.int64)}
+            _become_repeats(program.graph, rows, repeats, size)
+            # The node keeps its name, which the program's signature may know as an output.
+            node.target, node.args, node.kwargs = _aten.index_select.default, (source, dim, rows), {}
+        else:
+            continue
+        count += 1
+    return count
+
+
+def _become_repeats(graph: torch.fx.Graph, node: torch.fx.Node, repeats: torch.fx.Node, size: int) -> None:
+    """Turn ``node`` into the row of each result."""
+    with graph.inserting_before(node):
+        ends = _computed(graph, _aten.unsqueeze.default, _computed(graph, _aten.cumsum.default, repeats, 0), 1)
+        place = graph.call_function(_aten.arange.default, (size,))
+        place.meta = {**node.meta, "val": node.meta["val"].new_empty(size, dtype=torch.int64)}
+        passed = _computed(
+            graph, _aten._to_copy.default, _computed(graph, _aten.ge.Tensor, place, ends), dtype=torch.int64
+        )
+    node.target, node.args, node.kwargs = _aten.sum.dim_IntList, (passed, [0]), {}
+
+
+def _computed(graph: torch.fx.Graph, target: Any, first: torch.fx.Node, *args: Any, **kwargs: Any) -> torch.fx.Node:
+    """A new node with its type."""
+    made = graph.call_function(target, (first, *args), kwargs)
+    types = torch.fx.map_arg((made.args, made.kwargs), lambda n: n.meta["val"])
+    made.meta = {**first.meta, "val": target(*types[0], **types[1])}
+    return made
+
+
+def alike_factors(program: torch.export.ExportedProgram) -> int:
+    """Cast, in place, the operands of an einsum to the type of its result. torch promotes those of an outer product
+    (positions times float64 rates); Einsum in ONNX takes one type. How many were cast."""
+    count = 0
+    for node in list(program.graph.nodes):
+        if node.target is not _aten.einsum.default:
+            continue
+        dtype = node.meta["val"].dtype
+        for operand in {a for a in node.args[1] if a.meta["val"].dtype is not dtype}:
+            with program.graph.inserting_before(node):
+                cast = program.graph.call_function(_aten._to_copy.default, (operand,), {"dtype": dtype})
+            cast.meta = {**operand.meta, "val": operand.meta["val"].to(dtype)}
+            node.replace_input_with(operand, cast)
+            count += 1
+    return count
+
+
 def runnable_wheres(model: Any) -> int:
     """Choose, in place, between numbers of another type where onnxruntime has no Where for the type at hand: booleans
     (masks that are combined) and int16. The detour by a wider type changes no value. How many were rewritten."""

@@ -39,6 +39,11 @@ def check_dtype(dtype: torch.dtype, what: str) -> None:
         raise BadInput(
             f"{what} is bfloat16, which onnxruntime does not run on CPU; convert with model.float() and export again"
         )
+    if dtype.is_complex:
+        raise BadInput(
+            f"{what} is {dtype}, and ONNX has no complex numbers; give the model pairs of real ones, or run it in this "
+            "process, with target eager or inductor"
+        )
     if dtype not in _TYPES:
         raise BadInput(
             f"{what} is {dtype}, which the ONNX target cannot carry; expected one of {', '.join(map(str, _TYPES))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from ditopt.errors import BadInput, RecipeError
 from ditopt.ir.program import Role
 from ditopt.pipeline import Value
 from ditopt.recipe import Recipe, System, available, named
+
+_WHOLE = 1024
+"""Token positions that a search records at least: it looks at outputs of the model, whose channels are few."""
 
 
 def calibrate(
@@ -45,13 +49,15 @@ def calibrate(
     system, values = _system(recipe)
     listed, search = list(seeds), sources.searcher(system.calibration)
     source = sources.get(system.calibration) if search is None else None
+    regions = (source or search).REGIONS  # type: ignore[union-attr]
+    made: dict[int, Tensor] = {}
     profile = record(
         model,
-        sampler,
-        regions=source.REGIONS if source else ["latent"],
+        _kept(sampler, made) if search and callable(sampler) else sampler,
+        regions=regions,
         steps=steps,
-        seeds=listed if source else listed[:1],
-        tokens=tokens,
+        seeds=listed if source or "model" in regions else listed[:1],
+        tokens=max(tokens, _WHOLE) if search else tokens,
         memory=memory,
         roles=roles,
         progress=progress,
@@ -60,11 +66,26 @@ def calibrate(
         return _fitted(system, values, source, profile)
     assert search is not None
     assert sampler is not None
-    found = search.search(_trials(model, sampler, steps, listed), steps, values, seconds)
+    found = search.search(_trials(model, sampler, steps, listed, made), profile, values, seconds)
     return Recipe(Recipe.parse(found).steps, system.name, profile.key)
 
 
-def _trials(model: Any, sampler: Sampler, steps: int, seeds: Sequence[int]) -> Callable[[str], Trials]:
+def _kept(sampler: Sampler, made: dict[int, Tensor]) -> Sampler:
+    """``sampler``, of which ``made`` keeps by seed what it returns: a recording runs the plain model."""
+
+    @functools.wraps(sampler)
+    def run(running: Any, seed: int, *steps: int) -> Any:
+        out = sampler(running, seed, *steps)
+        if isinstance(out, Tensor):
+            made[seed] = out
+        return out
+
+    return run
+
+
+def _trials(
+    model: Any, sampler: Sampler, steps: int, seeds: Sequence[int], plain: Mapping[int, Tensor]
+) -> Callable[[str], Trials]:
     given = steps_given(sampler)
 
     def run(running: Any, seed: int) -> Tensor:
@@ -75,7 +96,7 @@ def _trials(model: Any, sampler: Sampler, steps: int, seeds: Sequence[int]) -> C
             )
         return made
 
-    return lambda recipe: Trials(model, recipe, run, seeds=seeds, steps=steps)
+    return lambda recipe: Trials(model, recipe, run, seeds=seeds, steps=steps, plain=plain)
 
 
 def fit(recipe: str | Path, profile: Profile) -> Recipe:

@@ -14,6 +14,22 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ditopt.errors import BadInput
+from ditopt.recipes.masks import check, whole
+
+__all__ = [
+    "Floats",
+    "alike",
+    "anchors",
+    "check",
+    "computed",
+    "numbers",
+    "real",
+    "recording",
+    "relative_l1",
+    "text",
+    "times",
+    "whole",
+]
 
 Floats = NDArray[np.float64]
 
@@ -29,18 +45,6 @@ def text(steps: int, computed: Iterable[int]) -> str:
 def computed(mask: str) -> list[int]:
     """The steps at which ``mask`` computes, ascending."""
     return [s for s, digit in enumerate(mask) if digit == "1"]
-
-
-def check(mask: str, steps: int | None = None, what: str = "mask") -> str:
-    """``mask`` as given. BadInput where it holds another character, reuses at its first step, which has nothing to
-    reuse, or has not ``steps`` digits."""
-    if not isinstance(mask, str) or not mask or set(mask) - {"0", "1"}:
-        raise BadInput(f"{what} {mask!r} given; expected a text of 1 (compute) and 0 (reuse), one digit a step")
-    if steps is not None and len(mask) != steps:
-        raise BadInput(f"{what} has {len(mask)} digits for a run of {steps} steps; give one digit a step")
-    if mask[0] == "0":
-        raise BadInput(f"{what} {mask!r} reuses at step 0, where there is nothing to reuse; its first digit must be 1")
-    return mask
 
 
 def anchors(mask: str) -> NDArray[np.int64]:
@@ -77,15 +81,6 @@ def numbers(values: ArrayLike, what: str, ndim: int | None = None) -> Floats:
     if not np.isfinite(array).all():
         raise BadInput(f"{what} hold NaN or infinity; record again (a value overflowed)")
     return array
-
-
-def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """``value`` as an int in [least, most]. BadInput names it."""
-    fits = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not fits or value < least or (most is not None and value > most):
-        upper = "" if most is None else f" to {most}"
-        raise BadInput(f"{name}={value} given; expected a whole number from {least}{upper or ' on'}")
-    return int(value)
 
 
 def real(name: str, value: Any, least: float, most: float = math.inf) -> float:

@@ -25,14 +25,18 @@ from ditopt.errors import BadInput, DitoptWarning, RecipeError
 from ditopt.fitted import UNKNOWN, model_text
 from ditopt.ir.binding import Binding, bind
 from ditopt.ir.cost import step_flops
+from ditopt.ir.edit import Editor, replace_functions
 from ditopt.ir.program import Program, Role, is_call
 from ditopt.ir.select import Selection, select_regions
+from ditopt.ir.span import modulated_input
 from ditopt.pipeline import Context, PassManager, PassResult
 from ditopt.recipe import Recipe, Step
 from ditopt.runtime.session import Session
 
-WHOLE = ("model", "latent")
-"""Regions that no pass has to find: what the model returns, and what it is given."""
+MODULATED = "modulated"
+WHOLE = ("model", "latent", MODULATED)
+"""Regions that no cache has to find: what the model returns, what it is given, and the normed and modulated input of
+the first block (TeaCache's signal)."""
 
 STREAMS = "streams"
 """The streams behind each block, as they are: no selector says so, for a cache keeps what a block adds."""
@@ -61,7 +65,7 @@ class Recorder(Engine):
         self.session = Session(work.tape.event)
         self._work = work
 
-    def _compile(self, captured: Captured) -> Compiled:
+    def _compile(self, captured: Captured, given: Mapping[str, Tensor]) -> Compiled:
         if not any(i.role == "timestep" for i in captured.program.inputs):
             raise BadInput(
                 "this model has no timestep input, so its steps cannot be told apart; pass "
@@ -81,14 +85,15 @@ class Recorder(Engine):
             if result.refused:
                 warnings.warn(f"recording {result.text}: {'; '.join(result.refused)}", DitoptWarning, stacklevel=2)
             history.append(result)
-        full = lower(history[-1].program)[0]
+        full = lower(_measured(history[-1].program) if MODULATED in chosen else history[-1].program)[0]
         values, names = _values(history, full, chosen)
+        results = full.graph.results - (MODULATED in chosen)  # the model's own
         work.names = names
         work.flops = _flops(outlined, chosen, names)
         work.model = model_text(self.model)
         manifest = describe(
             full.program,
-            [dataclasses.replace(full, graph=dataclasses.replace(full.graph, choices={}, updates=()))],
+            [dataclasses.replace(full, graph=dataclasses.replace(full.graph, choices={}, updates=(), results=results))],
             [],
             target="eager",
             **describe_for(captured, history, self.recipe, None),
@@ -96,6 +101,17 @@ class Recorder(Engine):
         run = {full.graph.name: _tapped(eager(full), full, values, work)}
         plan = Plan(manifest, run, self._weights_of(full.program.params), stale=self.shelves.settle)
         return Compiled(captured, tuple(history), plan, self._valid(captured))
+
+
+def _measured(program: Program) -> Program:
+    """``program`` with the modulated input of its first block behind its results."""
+    e, call = Editor(program.step, "record"), next(iter(program.calls()), None)
+    found = modulated_input(program, e, call, bind(program)) if call is not None else None
+    if found is None:
+        raise BadInput("this model has no first block that norms or modulates its input: there is no such value")
+    count = program.step.n_results
+    e.set_results([*e.results[:count], found, *e.results[count:]])
+    return replace_functions(program, {**program.functions, program.entry: e.function()})
 
 
 def _together(program: Program, regions: Sequence[str]) -> dict[str, Selection | None]:
@@ -150,9 +166,11 @@ def _values(
             add(selector, block if selector == STREAMS else inside, update.output)
     if "model" in chosen:
         binding = bind(full.program)
-        for i, value in enumerate(results[: full.graph.results]):
+        for i, value in enumerate(results[: full.graph.results - (MODULATED in chosen)]):
             if binding[value] & Binding.LATENT and value.meta["val"].is_floating_point():
                 add("model", "model", i)
+    if MODULATED in chosen:
+        add(MODULATED, MODULATED, full.graph.results - 1)
     if "latent" in chosen:
         names["latent"].append("latent")
     missing = [selector for selector, listed in names.items() if not listed]
@@ -170,7 +188,7 @@ def _block(node: fx.Node) -> str:
 def _flops(
     program: Program, chosen: Mapping[str, Selection | None], names: Mapping[str, tuple[str, ...]]
 ) -> dict[str, int]:
-    known = {r.id: r.flops for r in program.regions} | {"model": step_flops(program)[0], "latent": 0}
+    known = {r.id: r.flops for r in program.regions} | {"model": step_flops(program)[0], "latent": 0, MODULATED: 0}
     flops: dict[str, int] = {}
     for selector, selection in chosen.items():
         if selection is not None and selection.kind == "run" and selector != STREAMS:

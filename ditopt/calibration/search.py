@@ -87,6 +87,7 @@ def nsga2(
     mutation: float = 0.05,
     flip: float | None = None,
     progress: Callable[[Progress], None] | None = None,
+    evaluations: int | None = None,
     time_limit: float | None = None,
 ) -> list[Candidate]:
     """The Pareto front of schedules by NSGA-II with the settings of ECAD (arXiv 2506.15682), smallest first objective
@@ -98,7 +99,8 @@ def nsga2(
     crossover: chance that two parents exchange what lies between ``points`` random cuts of their bits.
     mutation: chance that a child is mutated; then each bit flips with chance ``flip`` (None: 1 / bits). The authors'
         ``BitflipMutation(prob=0.05)`` means this in their version of pymoo.
-    progress: called after each generation. time_limit: seconds after which the search returns what it has.
+    progress: called after each generation. evaluations, time_limit: genomes, and seconds, after which the search
+        returns what it has.
 
     Every genome is ``repaired`` first. The front is that of all genomes ever evaluated.
     """
@@ -111,7 +113,7 @@ def nsga2(
             real(name, chance, 0.0, 1.0)
     if not steps:
         raise BadInput("nsga2: the shape of a genome is empty; expected (steps, ...)")
-    run = _Evolution(evaluate, tuple(steps), np.random.default_rng(seed), time_limit)
+    run = _Evolution(evaluate, tuple(steps), np.random.default_rng(seed), evaluations, time_limit)
     chance = 1 / math.prod(steps) if flip is None else flip
     members = run.begin(population, initial)
     for generation in range(1, generations + 1):
@@ -134,9 +136,11 @@ class _Evolution:
         evaluate: Callable[[Genome], Sequence[float]],
         shape: tuple[int, ...],
         rng: np.random.Generator,
+        evaluations: int | None,
         time_limit: float | None,
     ) -> None:
         self.evaluate, self.shape, self.rng = evaluate, shape, rng
+        self.most = math.inf if evaluations is None else whole("evaluations", evaluations, 1)
         self.limit = math.inf if time_limit is None else real("time_limit", time_limit, 0.0)
         self.started = time.monotonic()
         self.known: dict[bytes, Candidate] = {}
@@ -146,7 +150,7 @@ class _Evolution:
         return time.monotonic() - self.started
 
     def over(self) -> bool:
-        return self.seconds() >= self.limit
+        return self.seconds() >= self.limit or len(self.known) >= self.most
 
     def add(self, genome: ArrayLike) -> Candidate | None:
         """The genome as a candidate; None where it is known already."""
@@ -164,12 +168,13 @@ class _Evolution:
         return new
 
     def begin(self, population: int, initial: Iterable[ArrayLike]) -> list[Candidate]:
-        members = []
+        members: list[Candidate | None] = []
         for genome in initial:
             array = np.asarray(genome)
             if array.shape != self.shape:
                 raise BadInput(f"nsga2: an initial genome has shape {array.shape}; expected {self.shape}")
-            members.append(self.add(array))
+            if not (members and self.over()):
+                members.append(self.add(array))
         tries = 0
         while len(members) < population and tries < 10 * population and not (members and self.over()):
             tries += 1

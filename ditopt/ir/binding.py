@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ditopt.ir.program import Function, Program, call_args, callee, formal, is_call
+from ditopt.ir.program import Function, Memo, Program, call_args, callee, formal, is_call
 
 aten = torch.ops.aten
 
@@ -60,11 +60,7 @@ _ROLE = {"latent": Binding.LATENT, "timestep": Binding.TIMESTEP, "prompt": Bindi
 
 def bind(program: Program) -> dict[fx.Node, Binding]:
     """The binding of every node of the entry, and of every body node joined over its call sites."""
-    memo = {
-        v: Binding.PROMPT if m.lifetime == "request" else Binding.TIMESTEP | Binding.PROMPT
-        for m in program.memos
-        for v in m.values
-    }
+    memo = {v: _of_memo(m) for m in program.memos for v in m.values}
     roles = {i.name: _ROLE[i.role] for i in program.inputs}
     found: dict[fx.Node, Binding] = {}
     start = {}
@@ -77,6 +73,12 @@ def bind(program: Program) -> dict[fx.Node, Binding]:
         }.get(what.kind, lambda ref: Binding.LATENT)(what.ref)
     _flow(program, program.step, start, found)
     return found
+
+
+def _of_memo(memo: Memo) -> Binding:
+    if not memo.keys:
+        return Binding.CONSTANT  # made of weights alone
+    return Binding.PROMPT if memo.lifetime == "request" else Binding.TIMESTEP | Binding.PROMPT
 
 
 def _flow(

@@ -20,7 +20,7 @@ from ditopt.ir.binding import Binding, bind
 from ditopt.ir.correct import Correction
 from ditopt.ir.edit import Editor, prune, replace_functions
 from ditopt.ir.gram import inner_products
-from ditopt.ir.modules import find_modules
+from ditopt.ir.modules import find_modules, name_of
 from ditopt.ir.outline import clone_body
 from ditopt.ir.program import (
     Decision,
@@ -104,6 +104,7 @@ class Caching:
             self.reuse.update(slot, found.node, found.when)
             asked = rule(slot.meta["formal"].ref, found)
         gram = inner_products(self.reuse, self._kept) if self.o.predictor.basis == "dmd" else ""
+        self._guard()
         self.reuse.finish(self.before.step.state_out)
         decision = Decision(
             self.name,
@@ -133,6 +134,16 @@ class Caching:
         )
         _measurable(made, self.o.signal)
         return made
+
+    def _guard(self) -> None:
+        """What earlier decisions leave for the next step stays as it was where this one skips what they are made of."""
+        step = self.before.step
+        held = {formal(p).ref: self.e[p] for p in step.placeholders if formal(p).kind == "state"}
+        results = list(self.e.results)
+        for k, slot in enumerate(step.state_out, step.n_results):
+            if "model" in self.regions and slot in held:
+                results[k] = self.e.op(select, results[k], held[slot], self.name)
+        self.e.set_results(results)
 
     # -- one value -------------------------------------------------------------------------------------------------
 
@@ -307,10 +318,10 @@ class Caching:
     def _cached_body(self, name: str, roles: tuple[str, ...]) -> tuple[str, list[Any]]:
         """A copy of a body whose modules of these roles can be predicted; the types of the values it keeps."""
         body = self.before.functions[name]
-        modules = [m for m in find_modules(body, self.binding) if m.role in roles]
+        modules = [m for m in find_modules(body, self.binding) if m.role in roles or name_of(m.output) in roles]
         if self.o.residual == "yes":
             raise RecipeError("residual=yes fits runs of blocks; a module's value is added to the stream as it is")
-        new = f"{name}_{self.name}" if len(roles) > 1 else f"{name}_{self.name}_{roles[0]}"
+        new = f"{name}_{self.name}" if len(roles) > 1 else f"{name}_{self.name}_{roles[0].replace('.', '_')}"
         with clone_body(body, new, "cache") as e:
             kept: list[fx.Node] = []
             told: list[fx.Node] = []

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from ditopt._torch import int_mm
 from ditopt.ir.program import Function, Program, callee, is_call
-from ditopt.ops import attention, linear_attention
+from ditopt.ops import attention, block_sparse_attention, int8_linear, linear_attention, packed_linear, select_blocks
+from ditopt.ops.block_sparse_attention import blocks
 from ditopt.ops.call_module import BODIES, call_module
 
 aten = torch.ops.aten
@@ -32,6 +34,14 @@ def _addmm(node: fx.Node) -> int:
     return 2 * math.prod(_shape(node)) * _shape(node.args[1])[-1]
 
 
+def _int8_linear(node: fx.Node) -> int:
+    return 2 * math.prod(_shape(node)) * _shape(node.args[2])[-1]
+
+
+def _packed_linear(node: fx.Node) -> int:
+    return 2 * math.prod(_shape(node)) * _shape(node.args[0])[-1]
+
+
 def _convolution(node: fx.Node) -> int:
     if node.target is aten.convolution.default and node.args[6]:
         return _transposed(node)
@@ -47,6 +57,22 @@ def _transposed(node: fx.Node) -> int:
 def _attention(node: fx.Node) -> int:
     query, key, value = (_shape(a) for a in node.args[:3])
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _sparse_attention(node: fx.Node) -> int:
+    """Of what is gathered: full lists, whole blocks."""
+    query, key, value, index = (_shape(a) for a in node.args[:4])
+    block_q, block_k, dense_q, dense_k = node.args[7:11]
+    rows = blocks(query[-2], dense_q, block_q) * block_q  # type: ignore[arg-type, operator]
+    seen = index[-1] * block_k + sum(dense_k)  # type: ignore[arg-type, operator]
+    scores = rows * seen + sum(dense_q) * key[-2]  # type: ignore[arg-type]
+    return 2 * math.prod(query[:-2]) * scores * (query[-1] + value[-1])
+
+
+def _draft(node: fx.Node) -> int:
+    query, key = _shape(node.args[0]), _shape(node.args[1])
+    rows, columns = (blocks(x[-2], node.args[i + 2], node.args[i]) for i, x in ((3, query), (4, key)))  # type: ignore[arg-type]
+    return 2 * math.prod(query[:-2]) * rows * columns * query[-1]
 
 
 def _linear_attention(node: fx.Node) -> int:
@@ -112,12 +138,17 @@ _COUNT: dict[Any, Callable[[fx.Node], int]] = {
     aten.conv_transpose2d.input: _transposed,
     aten.conv_transpose3d.input: _transposed,
     aten.scaled_dot_product_attention.default: _attention,
+    int_mm: _matmul,
+    int8_linear: _int8_linear,
+    packed_linear: _packed_linear,
     call_module: _module,
     attention: _attention,
     linear_attention: _linear_attention,
+    block_sparse_attention: _sparse_attention,
+    select_blocks: _draft,
 }
 
-_ATTENTION = {aten.scaled_dot_product_attention.default, attention, linear_attention}
+_ATTENTION = {aten.scaled_dot_product_attention.default, attention, linear_attention, block_sparse_attention}
 
 
 def flops(node: fx.Node) -> int:
@@ -146,7 +177,7 @@ def step_flops(program: Program) -> tuple[int, int]:
 
 def is_matmul(node: fx.Node) -> bool:
     """Whether the node multiplies matrices (attention not included)."""
-    return node.target in _COUNT and node.target not in _ATTENTION
+    return node.target in _COUNT and node.target not in _ATTENTION | {select_blocks}
 
 
 def is_attention(node: fx.Node) -> bool:

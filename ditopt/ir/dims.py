@@ -21,6 +21,7 @@ from torch import fx
 
 from ditopt.ir.binding import data_operands
 from ditopt.ir.cost import is_attention, is_convolution
+from ditopt.ops import int8_linear, packed_linear, select_blocks
 
 aten = torch.ops.aten
 
@@ -79,6 +80,8 @@ def through(node: fx.Node, known: Known) -> Dims | tuple[Dims, ...]:
         return item
     if node.target in _PARTS:
         return _PARTS[node.target](node, args, known)
+    if node.target is select_blocks:
+        return ((), ())  # blocks, no tokens
     if isinstance(val, (tuple, list)):
         return tuple(_aligned(node, v.shape, known) if isinstance(v, torch.Tensor) else () for v in val)
     if node.target in _RESHAPES:
@@ -357,6 +360,8 @@ _RULES: dict[Any, Callable[[fx.Node, Any, Known], Dims]] = {
     aten.slice_scatter.default: _slice_scatter,
     aten.select_scatter.default: _select_scatter,
     aten.linear.default: _linear,
+    int8_linear: _linear,
+    packed_linear: _linear,
     aten.embedding.default: _embedding,
     aten.view_as_complex.default: _as_complex,
     aten.view_as_real.default: _as_real,

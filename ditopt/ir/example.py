@@ -82,7 +82,23 @@ def tiny_dit(blocks: int = 3, noise: bool = False, attention: bool = True, rotar
     )
 
 
-def _block(b: Builder, x: fx.Node, cond: fx.Node, name: str, turn: fx.Node | None) -> fx.Node:
+def grid_dit(rows: int = 16, columns: int = 16, blocks: int = 2) -> Program:
+    """``blocks`` blocks as above on the pixels of a latent (2, 8, rows, columns), whose tokens lie on that grid."""
+    b = Builder()
+    x = b.input("hidden_states", "latent", ROWS, WIDTH, rows, columns)
+    t = b.input("timestep", "timestep", ROWS)
+    time = b(aten.sin.default, b(aten.unsqueeze.default, t, -1))
+    cond = b(aten.silu.default, b(aten.linear.default, time, b.param("time.weight", WIDTH, 1)))
+    tokens = rows * columns
+    x = b(aten.transpose.int, b(aten.reshape.default, x, [ROWS, WIDTH, tokens]), 1, 2)
+    x = b(aten.linear.default, x, b.param("embed.weight", WIDTH, WIDTH))
+    for i in range(blocks):
+        x = _block(b, x, cond, f"blocks.{i}", None, tokens)
+    x = b(aten.linear.default, b(aten.layer_norm.default, x, [WIDTH]), b.param("head.weight", WIDTH, WIDTH))
+    return b.program(b(aten.reshape.default, b(aten.transpose.int, x, 1, 2), [ROWS, WIDTH, rows, columns]))
+
+
+def _block(b: Builder, x: fx.Node, cond: fx.Node, name: str, turn: fx.Node | None, tokens: int = TOKENS) -> fx.Node:
     scale = b(aten.unsqueeze.default, b(aten.linear.default, cond, b.param(f"{name}.scale", WIDTH, WIDTH)), 1)
     gate = b(aten.unsqueeze.default, b(aten.linear.default, cond, b.param(f"{name}.gate", WIDTH, WIDTH)), 1)
     y = b(aten.mul.Tensor, b(aten.layer_norm.default, x, [WIDTH]), b(aten.add.Tensor, scale, 1))
@@ -90,12 +106,12 @@ def _block(b: Builder, x: fx.Node, cond: fx.Node, name: str, turn: fx.Node | Non
     for k in ("q", "k", "v"):
         z = b(aten.linear.default, y, b.param(f"{name}.{k}", WIDTH, WIDTH))
         if turn is not None and k != "v":
-            pairs = b(aten.view_as_complex.default, b(aten.view.default, z, [ROWS, TOKENS, WIDTH // 2, 2]))
+            pairs = b(aten.view_as_complex.default, b(aten.view.default, z, [ROWS, tokens, WIDTH // 2, 2]))
             z = b(aten.view_as_real.default, b(aten.mul.Tensor, pairs, turn))
-        z = b(aten.view.default, z, [ROWS, TOKENS, 2, WIDTH // 2])
+        z = b(aten.view.default, z, [ROWS, tokens, 2, WIDTH // 2])
         heads.append(b(aten.transpose.int, z, 1, 2))
     y = b(aten.transpose.int, b(aten.scaled_dot_product_attention.default, *heads), 1, 2)
-    y = b(aten.linear.default, b(aten.reshape.default, y, [ROWS, TOKENS, WIDTH]), b.param(f"{name}.out", WIDTH, WIDTH))
+    y = b(aten.linear.default, b(aten.reshape.default, y, [ROWS, tokens, WIDTH]), b.param(f"{name}.out", WIDTH, WIDTH))
     x = b(aten.add.Tensor, x, b(aten.mul.Tensor, gate, y))
     y = b(
         aten.gelu.default,

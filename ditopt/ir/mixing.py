@@ -9,7 +9,7 @@ put.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -97,7 +97,8 @@ def _by_token(
 
 
 def _batches(node: fx.Node, operand: fx.Node, known: Known) -> frozenset[int]:
-    """The axes of the source that are batches of this product in its ``operand``."""
+    """The axes of the source that are batches of this product in its ``operand``, and nothing else there: of an axis
+    that is cut into windows the windows are batches, and what lies in one is no batch."""
     dims: Any = known.get(operand)
     if not dims:
         return frozenset()
@@ -108,7 +109,13 @@ def _batches(node: fx.Node, operand: fx.Node, known: Known) -> frozenset[int]:
         term = next(t for t, a in zip(terms, node.args[1], strict=True) if a is operand)  # type: ignore[arg-type]
         active = [t for t, a in zip(terms, node.args[1], strict=True) if known.get(a)]  # type: ignore[arg-type]
         shared = {c for c in term if c in result and all(c in t for t in active)}
-        return frozenset().union(*(dims[i].axes for i, c in enumerate(term) if c in shared))
+        return _axes(d for d, c in zip(dims, term, strict=True) if c in shared) - _axes(
+            d for d, c in zip(dims, term, strict=True) if c not in shared
+        )
     if operand not in factors(node) or len(dims) < 3:
         return frozenset()
-    return frozenset().union(*(d.axes for d in dims[:-2]))
+    return _axes(dims[:-2]) - _axes(dims[-2:])
+
+
+def _axes(dims: Iterable[Dim]) -> frozenset[int]:
+    return frozenset().union(*(d.axes for d in dims))

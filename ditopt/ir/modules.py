@@ -19,11 +19,13 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Module:
-    """A residual branch of a block: ``role`` and the value that leaves it, before the gate."""
+    """A residual branch of a block: ``role`` and the value that leaves it, before the gate. ``attention``: the products
+    in it that mix tokens, which another branch may share."""
 
     role: str
     output: fx.Node
     nodes: frozenset[fx.Node]
+    attention: frozenset[fx.Node] = frozenset()
 
 
 def find_modules(body: Function, binding: Mapping[fx.Node, Binding]) -> list[Module]:
@@ -36,11 +38,12 @@ def find_modules(body: Function, binding: Mapping[fx.Node, Binding]) -> list[Mod
     modules: list[Module] = []
     assigned: set[fx.Node] = set()
     for branch in find_branches(body, binding, reach):
-        output = _before_gate(branch.value, binding)
+        output = before_gate(branch.value, binding)
         if all(output is not m.output for m in modules):
             # with what only the branch needs of prompt and timestep (keys of the text, shift and scale)
             nodes = set(reach.members(reach.above[reach.place[output]] & _own(branch.inside, reach)))
-            modules.append(Module("attn" if branch.attends else "mlp", output, frozenset(nodes - assigned)))
+            role, attention = "attn" if branch.attends else "mlp", frozenset(reach.members(branch.attention))
+            modules.append(Module(role, output, frozenset(nodes - assigned), attention))
             assigned |= nodes
     return modules
 
@@ -55,7 +58,14 @@ def _own(inside: int, reach: Reach) -> int:
     return inside
 
 
-def _before_gate(value: fx.Node, binding: Mapping[fx.Node, Binding]) -> fx.Node:
+def name_of(output: fx.Node) -> str:
+    """What the region of the module with this output is called inside its block, with the kind of attention:
+    ``attn.cross``."""
+    return str(output.meta.get("region", "")).removeprefix(".")
+
+
+def before_gate(value: fx.Node, binding: Mapping[fx.Node, Binding]) -> fx.Node:
+    """What a branch computes before a gate that does not depend on the latent."""
     while value.target in CASTS:
         value = value.args[0]  # type: ignore[assignment]
     if value.target is aten.mul.Tensor:

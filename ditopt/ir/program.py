@@ -81,11 +81,15 @@ class Input:
 
 @dataclass(frozen=True)
 class StateSlot:
-    """A tensor that a step reads and the next step finds as this one left it; zeros when a request begins."""
+    """A tensor that a step reads and the next step finds as this one left it; zeros when a request begins.
+
+    ``lifetime``: "request" slots are held once a guidance branch; "step" slots once for all of them: the first call of
+    a step writes them, and the other calls of that step read them; "model" slots outlive requests.
+    """
 
     name: str
     type: TensorType
-    lifetime: Literal["request", "model"] = "request"
+    lifetime: Literal["request", "model", "step"] = "request"
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,11 @@ class Interval:
 
     After the warm-up the counter starts at the last warm-up step: first=3, every=6 computes 0,1,2,8,14,20,...
     ``mask`` (text of 1 = compute and 0 = reuse, one a step) replaces the formula and fixes the number of steps.
-    ``since``, ``until``: the part of the request, 0 to 1, within which the formula holds; outside of it every step
-    computes. A window that begins later starts with a computed step.
+    ``since``, ``until``: the part of the request, 0 to 1, within which the formula holds; ``outside`` of it every step
+    computes, or every step reuses. A window that begins later starts with a computed step.
+    ``low``, ``high``: the model's time, without its ends, outside of which every step computes (and what it computes is
+    kept); both 0: any time. ``resets``: steps that compute besides, as text: numbers such as "12 22", or shares of the
+    request such as "40% 73%".
     """
 
     every: int = 1
@@ -121,9 +128,18 @@ class Interval:
     mask: str = ""
     since: float = 0.0
     until: float = 1.0
+    low: float = 0.0
+    high: float = 0.0
+    resets: str = ""
+    outside: Literal["compute", "reuse"] = "compute"
+
+    @property
+    def timed(self) -> bool:
+        """Whether it looks at the model's time."""
+        return self.low < self.high
 
 
-Basis = Literal["hold", "taylor", "newton", "lagrange", "hermite", "ab2", "ramp", "foca", "dmd"]
+Basis = Literal["hold", "taylor", "newton", "lagrange", "hermite", "ab2", "ramp", "foca", "dmd", "bands"]
 
 
 @dataclass(frozen=True)
@@ -132,9 +148,9 @@ class Predictor:
 
     ``basis``: "hold" (newest value), "taylor" (TaylorSeer's finite differences), "newton" / "lagrange" (the polynomial
     through the last order + 1 values), "hermite" (HiCache), "ab2" (Adams-Bashforth), "ramp" (FasterCache), "foca"
-    (FoCa), "dmd" (dynamic mode decomposition), "none" (no earlier value is read: what stands in for the skipped value
-    belongs to the step itself). ``order`` is that of the first five. ``time``: measure distance in
-    "step" index or in "timestep".
+    (FoCa), "dmd" (dynamic mode decomposition), "bands" (FasterCache: low and high frequencies of the newest value, each
+    with a coefficient), "none" (no earlier value is read: what stands in for the skipped value belongs to the step
+    itself). ``order`` is that of the first five. ``time``: measure distance in "step" index or in "timestep".
     """
 
     basis: Basis | Literal["none"] = "hold"
@@ -152,9 +168,14 @@ class Predictor:
         return 2 if self.basis == "foca" else 0
 
     @property
+    def bands(self) -> int:
+        """In how many parts it reads each value."""
+        return 2 if self.basis == "bands" else 1
+
+    @property
     def size(self) -> int:
-        """Number of coefficients: anchors, newest first, then the window, newest first."""
-        return self.anchors + self.window
+        """Number of coefficients: anchors, newest first, then the window, newest first; of each its bands."""
+        return (self.anchors + self.window) * self.bands
 
 
 @dataclass(frozen=True)
@@ -201,6 +222,9 @@ class Decision:
     the others. ``weights`` names the control input that carries the predictor's coefficients, newest first; ``row`` the
     one that carries the step's row in a table of corrections; ``gram`` the state slot (float64, (anchors, anchors))
     with the inner products of the kept values, which "dmd" needs.
+    ``guidance``: what is skipped is a branch of guidance, and is only skipped where there is one: with "calls" a call
+    that another one of its step, with the same latent, came before; with "batch" one half of a batch whose halves are
+    the same latent. Without slots nothing has to be computed before it is predicted.
     """
 
     name: str
@@ -213,6 +237,7 @@ class Decision:
     row: str = ""
     rows: int = 0
     gram: str = ""
+    guidance: Literal["", "calls", "batch"] = ""
 
     @property
     def controls(self) -> dict[str, TensorType]:
@@ -230,10 +255,14 @@ class Decision:
         return max(self.predictor.anchors, self.rule.predictor.anchors if self.rule else 1)
 
 
-RegionRole = Literal["model", "embed", "stage", "head", "block", "aux", "attn", "mlp", "mod"]
+RegionRole = Literal[
+    "model", "embed", "stage", "head", "block", "aux", "attn", "mlp", "mod", "part",
+    "self", "joint", "cross", "temporal", "spatial",
+]  # fmt: skip
 """What a region is to the model. ``embed``: what makes the streams that enter the first blocks; ``head``: what follows
 the last ones; ``aux``: a block of a chain beside the main one; ``mod``: what makes shifts, scales and gates of the
-timestep."""
+timestep; ``part``: a block once more, on part of its tokens. The last five are the attention of one kind in a block
+(ir/sites.py)."""
 
 
 MadeOf = Literal["latent", "prompt", ""]
@@ -264,7 +293,7 @@ class Region:
     """A piece of the model found in the graph.
 
     ``id``: ``model``; ``blocks.3`` (numbered along the main latent chain over all stages); ``blocks.3.attn``;
-    ``aux0.1`` (a block of another chain, such as a refiner of the text).
+    ``blocks.3.attn.cross``; ``aux0.1`` (a block of another chain, such as a refiner of the text).
     ``stage``: index of the run of isomorphic blocks, or of groups of them that alternate, this one belongs to.
     ``alias``: the module path where the capture knew one, for display only. ``flops``: of one call, by ``ir/cost.py``.
     ``function``: the shared body of a block; ``streams``: what runs through it.

@@ -12,8 +12,9 @@ them. Nothing else is needed to find the modules of a model:
 * a part of a value is not continued by what is computed from other parts of it alone: a scan adds to each frame what
   the frames before it have come to;
 * an addition around other branches that attend (a skip over the whole model, or half of a U) is no module but a
-  container, and an addition inside a branch, whose sum nobody else reads, is a detail of that branch. What attends and
-  is then fed forward before both are added to the stream, ``x + mlp(x + attention(x))``, is two branches.
+  container, and an addition inside a branch, whose sum nobody else reads, is a detail of that branch; so is one that
+  attends again to what the branch has attended to. What attends and is then fed forward before both are added to the
+  stream, ``x + mlp(x + attention(x))``, is two branches.
 """
 
 from __future__ import annotations
@@ -209,7 +210,9 @@ def _modules(branches: Sequence[Branch], reach: Reach) -> list[Branch]:
         attending = [b for b in others if b.attends]
         if attending and others == details == [attending[0]] and attending[0].stream is outer.stream:
             kept[outer.sum] = _after(attending[0], outer, reach)
-        elif not attending and (outer.attends or len(details) < 2):
+        elif (not attending and (outer.attends or len(details) < 2)) or (
+            attending and others == details == [attending[0]] and _refines(attending[0], outer, reach)
+        ):
             kept = {s: b for s, b in kept.items() if b not in details} | {outer.sum: outer}
     return list(kept.values())
 
@@ -219,6 +222,13 @@ def _after(inner: Branch, outer: Branch, reach: Reach) -> Branch:
     inside = reach.between(inner.sum, outer.value)
     nodes = outer.nodes & ~outer.inside | inside
     return dataclasses.replace(outer, inside=inside, nodes=nodes, attention=0, feeds=True)
+
+
+def _refines(inner: Branch, outer: Branch, reach: Reach) -> bool:
+    """Whether ``inner`` continues what ``outer`` itself attended to, a detail of its attention: ``a = attention(x)``,
+    ``x + f(a + attention(a))``."""
+    before = reach.above[reach.place[inner.stream]] | 1 << reach.place[inner.stream]
+    return bool(outer.attention & ~inner.attention & before)
 
 
 def _starts_in(inner: Branch, outer: Branch, reach: Reach) -> bool:

@@ -4,7 +4,12 @@
     blocks  blocks.3  blocks.1:-1  blocks.10%:90%      one run of consecutive blocks
     stage.0                      the run of isomorphic blocks number 0
     blocks.*.attn  blocks.1:-1.mlp  stage.1.attn       one module inside each of those blocks
+    blocks.*.attn.cross          its attention of one kind: self, joint, cross, temporal or spatial
     a|b                          alternatives, each one selection
+
+Each attention is of one kind, found in the graph (ir/sites.py): ``self`` is that of a stream's tokens to each other,
+or of video models whose attention mixes some axes at a time, ``temporal`` that along the frames and ``spatial`` that
+inside them; ``cross`` reads another stream, ``joint`` several with the own one. ``attn`` is all of them.
 
 Slices are Python's, except that ``-0`` is the end (``blocks.8:-0`` leaves no block out at the end); a fraction is of
 the number of blocks, rounded to the nearest.
@@ -14,13 +19,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from ditopt.errors import RecipeError
 from ditopt.ir.program import Program, Region
+from ditopt.ir.sites import Kind
 
 _ROLES = ("attn", "mlp")
-_ALTERNATIVE = re.compile(r"(?:(?P<head>blocks|stage)(?:\.(?P<index>\*|[-\d:%]+))?(?:\.(?P<role>[A-Za-z_]\w*))?)$")
+_ALTERNATIVE = re.compile(
+    r"(?:(?P<head>blocks|stage)(?:\.(?P<index>\*|[-\d:%]+))?(?:\.(?P<role>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)?))?)$"
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,16 @@ def select_regions(program: Program, text: str) -> list[Selection]:
     if not any(s.ids for s in selections):
         raise RecipeError(f"region {text!r} matches nothing; {_what_there_is(program)}")
     return selections
+
+
+def lacking(program: Program, text: str) -> str:
+    """A sentence where ``text`` asks for nothing but kinds of attention that no block has; else ""."""
+    found = [_ALTERNATIVE.match(alternative.strip()) for alternative in text.split("|")]
+    asked = [m["role"].removeprefix("attn.") for m in found if m and (m["role"] or "").startswith("attn.")]
+    there = kinds_of(program)
+    if len(asked) < len(found) or not there or any(a in there or a not in get_args(Kind) for a in asked):
+        return ""
+    return f"no attention of this model is {' or '.join(asked)}; there is {', '.join(there)}"
 
 
 def _select(program: Program, text: str) -> Selection:
@@ -97,6 +115,12 @@ def _slice(text: str, blocks: list[Region], index: str) -> list[Region]:
     return blocks[slice(*map(bound, parts))]
 
 
+def kinds_of(program: Program) -> list[str]:
+    """The kinds of attention in the blocks, in the order of ``Kind``."""
+    found = {r.role for r in program.regions if r.parent.endswith(".attn")}
+    return [kind for kind in get_args(Kind) if kind in found]
+
+
 def _ids(program: Program) -> set[str]:
     return {r.id for r in program.regions}
 
@@ -107,9 +131,12 @@ def _what_there_is(program: Program) -> str:
         return (
             "no repeated blocks were found in this model, so only 'model' can be selected (outline_blocks finds them)"
         )
-    roles = [r for r in _ROLES if any(f"{b.id}.{r}" in _ids(program) for b in blocks)]
+    there = _ids(program)
+    roles = [r for r in _ROLES if any(f"{b.id}.{r}" in there for b in blocks)]
+    kinds = kinds_of(program)
+    listed = [f"{r} ({', '.join(kinds)})" if r == "attn" and kinds else r for r in roles]
     stages = sorted({b.stage for b in blocks if b.stage >= 0})
-    inside = f"roles {', '.join(roles)} inside them" if roles else "no attn or mlp found inside them"
+    inside = f"roles {', '.join(listed)} inside them" if roles else "no attn or mlp found inside them"
     examples = ["blocks", f"blocks.1:-1{'.' + roles[0] if roles else ''}" if len(blocks) > 2 else "blocks.0"]
     return (
         f"the model has {len(blocks)} block{'s' if len(blocks) > 1 else ''} ({blocks[0].id} to {blocks[-1].id}), "

@@ -1,7 +1,9 @@
 """The attention of each block, for display and for passes that choose by it: who attends to whom, and on what scale.
 
 A site is *self* attention where queries and keys are the tokens of one stream, *joint* where they are those of several,
-*cross* where the keys come from another stream or from outside of the block (ir/streams.py).
+*cross* where the keys come from another stream or from outside of the block (ir/streams.py). Where a video model
+attends along some axes of its grid at a time, its self attention is *temporal* along the frames, and *spatial* inside
+them: the keys run along these axes of the latent and no others (ir/factored.py).
 """
 
 from __future__ import annotations
@@ -19,20 +21,21 @@ from ditopt.ir.attention import Operand, Refused
 from ditopt.ir.axes import follow, source
 from ditopt.ir.binding import Binding, bind, data_operands
 from ditopt.ir.dims import Dim, Known
+from ditopt.ir.factored import Along, Factors
 from ditopt.ir.linear import find_linear
 from ditopt.ir.mixing import VARIES
 from ditopt.ir.program import Function, Program, Region, Stream, formal
 from ditopt.ir.residual import MOVES
 from ditopt.ir.softmax import find_softmax
-from ditopt.ops import attention, linear_attention
+from ditopt.ops import attention, block_sparse_attention, linear_attention
 
-Kind = Literal["self", "joint", "cross"]
+Kind = Literal["self", "joint", "cross", "temporal", "spatial"]
 
 
 @dataclass(frozen=True)
 class AttentionSite:
     """One attention: ``heads`` (0 where the graph does not show them), how many queries attend to how many keys, and
-    how the model writes it ("sdpa", "explicit", "linear")."""
+    how the model writes it ("sdpa", "explicit", "linear"), or "block-sparse"."""
 
     kind: Kind
     heads: int
@@ -45,27 +48,52 @@ class AttentionSite:
 
 def attention_sites(program: Program) -> dict[str, tuple[AttentionSite, ...]]:
     """The attention of each block by the id of its region, in trace order, and under "" that outside of blocks."""
+    return {id: tuple(site for site, _ in found) for id, found in _located(program).items()}
+
+
+def attention_kinds(program: Program) -> dict[str, dict[fx.Node, Kind]]:
+    """For each block, by the id of its region: what attention each operator of its body is a part of."""
+    return {id: {n: site.kind for site, nodes in found for n in nodes} for id, found in _located(program).items() if id}
+
+
+def key_operands(function: Function, binding: Mapping[fx.Node, Binding]) -> list[tuple[fx.Node, fx.Node]]:
+    """Queries and keys of each attention of a function."""
+    return [(r.query.node, r.key.node) for r in _find(function, binding)]
+
+
+def _located(program: Program) -> dict[str, tuple[tuple[AttentionSite, frozenset[fx.Node]], ...]]:
     binding = bind(program)
-    known: dict[tuple[str, tuple[Stream, ...]], tuple[AttentionSite, ...]] = {}
-    out: dict[str, tuple[AttentionSite, ...]] = {}
-    for region in program.regions:
-        if region.role in ("block", "aux") and region.function in program.functions:
-            body, key = program.functions[region.function], (region.function, region.streams)
-            if key not in known:
-                raw = list(_find(body, binding))
-                held = _streams(program, body, region) if raw else []
-                known[key] = tuple(_site(r, held) for r in raw)
-            out[region.id] = known[key]
-    raw = list(_find(program.step, binding))
-    if raw:
-        held = _inputs(program)
-        out[""] = tuple(_site(r, held) for r in raw)
+    raw = {name: list(_find(program.functions[name], binding)) for name in {program.entry, *_bodies(program)}}
+    blocks = [r for r in program.regions if r.role in ("block", "aux") and r.function in raw]
+    factors = Factors(program)
+    along: dict[str, list[Along]] = {r.id: factors.of(r.id, [x.key for x in raw[r.function]]) for r in blocks}
+    along[""] = factors.of("", [x.key for x in raw[program.entry]])
+    held: dict[tuple[str, tuple[Stream, ...]], list[_Tokens]] = {}
+    out: dict[str, tuple[tuple[AttentionSite, frozenset[fx.Node]], ...]] = {}
+    for r in blocks:
+        here = raw[r.function]
+        if (r.function, r.streams) not in held:
+            held[r.function, r.streams] = _streams(program, program.functions[r.function], r) if here else []
+        out[r.id] = _sites(here, held[r.function, r.streams], along[r.id], factors)
+    if raw[program.entry]:
+        out[""] = _sites(raw[program.entry], _inputs(program), along[""], factors)
     return out
 
 
-def _site(raw: _Raw, held: Sequence[_Tokens]) -> AttentionSite:
-    queries, keys = raw.query.shape()[-2], raw.key.shape()[-2]
-    return AttentionSite(_kind(raw, held), _heads(raw.query), queries, keys, raw.masked, raw.causal, raw.spelling)
+def _bodies(program: Program) -> set[str]:
+    return {r.function for r in program.regions if r.role in ("block", "aux") and r.function in program.functions}
+
+
+def _sites(
+    raw: Sequence[_Raw], held: Sequence[_Tokens], along: Sequence[Along], factors: Factors
+) -> tuple[tuple[AttentionSite, frozenset[fx.Node]], ...]:
+    out = []
+    for r, axes in zip(raw, along, strict=True):
+        kind: Kind = _kind(r, held)
+        kind = factors.kind(axes) or kind if kind == "self" else kind
+        queries, keys = r.query.shape()[-2], r.key.shape()[-2]
+        out.append((AttentionSite(kind, _heads(r.query), queries, keys, r.masked, r.causal, r.spelling), r.nodes))
+    return tuple(out)
 
 
 @dataclass(frozen=True)
@@ -75,6 +103,7 @@ class _Raw:
     masked: bool
     causal: bool
     spelling: str
+    nodes: frozenset[fx.Node]
 
 
 def _find(function: Function, binding: Mapping[fx.Node, Binding]) -> Iterator[_Raw]:
@@ -83,13 +112,16 @@ def _find(function: Function, binding: Mapping[fx.Node, Binding]) -> Iterator[_R
         if node in found:
             f = found[node]
             if f.plain or all(binding[x.node] & VARIES for x in (f.key, f.value)):
-                yield _Raw(f.query, f.key, bool(f.masks), f.is_causal, f.spelling)
+                yield _Raw(f.query, f.key, bool(f.masks), f.is_causal, f.spelling, frozenset(f.inside))
         elif node.target in (attention, linear_attention):
             query, key = (Operand(a, tuple(range(a.meta["val"].ndim))) for a in node.args[:2])
             args = [*node.args, *(None,) * 8]
             soft = node.target is attention
             spelling = "linear" if not soft else "explicit" if args[7] not in (None, "sdpa") else "sdpa"
-            yield _Raw(query, key, soft and args[3] is not None, soft and bool(args[5]), spelling)
+            yield _Raw(query, key, soft and args[3] is not None, soft and bool(args[5]), spelling, frozenset({node}))
+        elif node.target is block_sparse_attention:
+            query, key = (Operand(a, tuple(range(a.meta["val"].ndim))) for a in node.args[:2])
+            yield _Raw(query, key, [*node.args, None, None][5] is not None, False, "block-sparse", frozenset({node}))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import fx
 
 from ditopt.ir.binding import bind
 from ditopt.ir.edit import Editor, prune, replace_functions
+from ditopt.ir.modules import before_gate, name_of
 from ditopt.ir.outline import clone_body
 from ditopt.ir.program import Decision, Function, Interval, Predictor, Program, call_args, callee, formal, is_call
 from ditopt.ir.reach import Reach
@@ -140,11 +141,12 @@ class Skipping:
     def _body(self, name: str, roles: tuple[str, ...]) -> Function | None:
         """A copy of a body without its modules of these roles; None where it has none that could be left out."""
         body = self.program.functions[name]
-        new = f"{name}_{self._name}_{'_'.join(roles)}"
+        new = f"{name}_{self._name}_{'_'.join(roles).replace('.', '_')}"
         with clone_body(body, new, ORIGIN) as e:
-            found = 0
-            for branch in find_branches(body, bind(self.program), Reach(body)):
-                if ("attn" if branch.attends else "mlp") not in roles:
+            found, binding = 0, bind(self.program)
+            for branch in find_branches(body, binding, Reach(body)):
+                role = "attn" if branch.attends else "mlp"
+                if not {role, name_of(before_gate(branch.value, binding))} & set(roles):
                     continue
                 stream = _continued(branch.sum, branch.value)
                 if stream is None or not _alike(stream, branch.sum):
@@ -175,6 +177,6 @@ def _alike(a: fx.Node, b: fx.Node) -> bool:
 
 def _without(program: Program, gone: set[str]) -> Program:
     """``program`` whose table of regions lacks ``gone``, what lies in them, and stages that have no block left."""
-    regions = [r for r in program.regions if r.id not in gone and r.parent not in gone]
+    regions = [r for r in program.regions if not f"{r.id}.".startswith(tuple(f"{g}." for g in gone))]
     stages = {r.stage for r in regions if r.role == "block"}
     return program.replace(regions=tuple(r for r in regions if r.role != "stage" or r.stage in stages))

@@ -2,6 +2,7 @@
 
     python -m examples.bench.caching --model digits --out examples/bench/caching_digits.csv
     python -m examples.bench.caching --model digits --only ditopt,steps --levels 0.3,0.5
+    python -m examples.bench.caching --model digits --keep --out examples/bench/caching_digits.csv
 
 Every contestant samples the same requests (a shipped model, its own scheduler and guidance). Work is what torch's own
 counter sees executed, for all contestants alike, over one request, as a share of the plain model's. Error is the mean
@@ -104,15 +105,15 @@ def recipes(full: int) -> Iterator[Contestant]:
         yield Contestant("ditopt", text, full, optimized(text, full))
 
 
-def fitted(levels: Sequence[float], full: int, sample: Any, seconds: float) -> Iterator[Contestant]:
+def fitted(levels: Sequence[float], full: int, sample: Any, trials: int) -> Iterator[Contestant]:
     """Systems that are fitted to the model, on the requests of seeds 0 to 3."""
-    texts = [f"searched{{share={level}}}" for level in levels]
+    texts = [f"searched{{share={level},trials={trials}}}" for level in levels]
     texts += [f"magcache{{threshold={t}}}" for t in (0.03, 0.06, 0.12, 0.24)]
     texts += [f"smoothcache{{alpha={a}}}" for a in (0.08, 0.18, 0.35)]
     for text in texts:
 
         def make(pipe: Any, text: str = text) -> Any:
-            recipe = ditopt.calibrate(pipe, text, sample, steps=full, seeds=range(4), seconds=seconds, progress=False)
+            recipe = ditopt.calibrate(pipe, text, sample, steps=full, seeds=range(4), progress=False)
             return ditopt.optimize(pipe, recipe, steps=full, target="eager")
 
         yield Contestant("ditopt", f"{text} fitted", full, make)
@@ -287,8 +288,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="samples of a request")
     parser.add_argument("--levels", default="0.2,0.27,0.33,0.4,0.5,0.6,0.7,0.8", help="shares of plain work")
     parser.add_argument("--only", default=",".join([*FAMILIES, "fitted"]), help="families, with commas between")
-    parser.add_argument("--seconds", type=float, default=60.0, help="that a search may take")
+    parser.add_argument("--trials", type=int, default=10, help="masks that a search runs")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--keep", action="store_true", help="rows that --out holds stay, and are not measured again")
     args = parser.parse_args()
     levels = [float(x) for x in args.levels.split(",")]
     began = time.time()
@@ -296,19 +298,41 @@ def main() -> None:
     only = args.only.split(",")
     wanted = [c for family in only if family in FAMILIES for c in FAMILIES[family](levels, args.steps)]
     if "fitted" in only:
-        wanted += fitted(levels, args.steps, bench.shipped.sample, args.seconds)
-    rows: list[Row] = []
+        wanted += fitted(levels, args.steps, bench.shipped.sample, args.trials)
+    rows = read(args.out) if args.keep and args.out and args.out.exists() else []
+    there = {(r.family, r.name, r.steps) for r in rows}
+    wanted = [c for c in wanted if (c.family, c.name, c.steps) not in there]
     with contextlib.suppress(KeyboardInterrupt):  # what was measured by then is written
         for c in tqdm(wanted, unit="contestant", mininterval=5):
             rows.append(bench.row(c))
-    rows.sort(key=lambda r: (r.error != "", r.share))
-    out = args.out.open("w", newline="") if args.out else sys.stdout
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(Row.__dataclass_fields__)
-    for r in rows:
-        numbers = [f"{x:.4f}" for x in (r.share, r.psnr, r.psnr_reference)]
-        writer.writerow([r.model, r.family, r.name, r.steps, *numbers, r.error])
-    print(f"{len(rows)} contestants in {time.time() - began:.0f} s", file=sys.stderr)
+            write(rows, args.out)
+    write(rows, args.out, sys.stdout)
+    print(f"{len(wanted)} contestants in {time.time() - began:.0f} s", file=sys.stderr)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a table that ``write`` wrote."""
+    with path.open(newline="") as file:
+        return [
+            Row(d["model"], d["family"], d["name"], int(d["steps"]), *_numbers(d), d["error"])
+            for d in csv.DictReader(file)
+        ]
+
+
+def _numbers(row: dict[str, str]) -> tuple[float, float, float]:
+    return float(row["share"]), float(row["psnr"]), float(row["psnr_reference"])
+
+
+def write(rows: Sequence[Row], path: Path | None, to: Any = None) -> None:
+    """The rows as CSV, into a file or to an open one, by what they execute; errors last."""
+    if path is None and to is None:
+        return
+    with path.open("w", newline="") if path else nullcontext(to) as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(Row.__dataclass_fields__)
+        for r in sorted(rows, key=lambda r: (r.error != "", r.share)):
+            numbers = [f"{x:.4f}" for x in (r.share, r.psnr, r.psnr_reference)]
+            writer.writerow([r.model, r.family, r.name, r.steps, *numbers, r.error])
 
 
 if __name__ == "__main__":

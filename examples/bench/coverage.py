@@ -15,7 +15,6 @@ import argparse
 import csv
 import json
 import multiprocessing
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -98,10 +97,8 @@ def write(rows: Iterable[Row], file: Path = CSV) -> None:
 def markdown(rows: Sequence[Row]) -> str:
     """The counts of each column; folded, a line for each denoiser and why what fails fails."""
     counts = ", ".join(_count(rows, column) for column in COLUMNS)
-    ratios = [r.seconds / r.bare for r in rows if r.seconds and r.bare]
     lines = [
-        f"**Of {len(rows)}: {counts}; all five {sum(r.green for r in rows)}.** Capture, analysis and all exact passes",
-        f"together take {statistics.median(ratios):.1f} times what export and decomposition alone take (median).",
+        f"**Of {len(rows)}: {counts}; all five {sum(r.green for r in rows)}.**",
         "",
         f"<details><summary>The {len(rows)} denoisers</summary>",
         "",

@@ -22,9 +22,9 @@ from ditopt.calibration.intervals import (
     tgate,
 )
 from ditopt.calibration.mask import computed
-from ditopt.calibration.scm import POLICIES, scm, scm_policy
 from ditopt.errors import BadInput
 from ditopt.ir.program import Interval
+from ditopt.recipes.scm import POLICIES, scm, scm_policy
 from ditopt.runtime.policy import schedule
 
 

@@ -54,6 +54,22 @@ def test_rows_taken_and_written_at_positions(tmp_path, kind):
     same(fn, [table, rows, columns], tmp_path)
 
 
+def test_rows_repeated_as_often_as_a_tensor_says(tmp_path):
+    def fn(w, x, times):
+        rows = aten.repeat_interleave.Tensor(times, output_size=7)
+        repeated = torch.repeat_interleave(x, times, dim=0, output_size=7)
+        flat = torch.repeat_interleave(x[:, :1], times, output_size=7)
+        return aten.index_select.default(x, 0, rows), repeated + torch.ones(7, 4), flat
+
+    same(fn, [noise(3, 4), torch.tensor([2, 0, 5])], tmp_path)
+
+
+def test_an_outer_product_of_two_types(tmp_path):
+    """Rotary angles as people write them: positions in float32, rates in float64."""
+    positions, rates = torch.arange(6.0).view(2, 3), torch.tensor([1.0, 0.1, 1e-9], dtype=torch.float64)
+    same(lambda w, n, d: (torch.einsum("...n,d->...nd", n, d),), [positions, rates], tmp_path)
+
+
 # -- bfloat16 inside ---------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,5 @@
-"""Video denoisers: shifted 3D windows, causal blocks over a KV input, audio beside video, and a keyword-only one."""
+"""Video denoisers: shifted 3D windows, causal blocks over a KV input, audio beside video, a keyword-only one, and one
+that attends inside frames, along frames and to a text by turns."""
 
 from __future__ import annotations
 
@@ -255,9 +256,94 @@ def keyword_call(step: int, seed: int) -> Call:
     return {"sample": randn(BATCH, 4, 6, 6, seed=seed), "timestep": time(step) * 1000, "scale": 0.5}
 
 
+# -- space and time by turns -------------------------------------------------------------------------------------------
+
+
+class SpaceTimeBlock(nn.Module):
+    """Attention inside each frame, then along the frames, then to the text; every branch has a gate of the time."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inside, self.along = nn.Linear(width, 3 * width), nn.Linear(width, 3 * width)
+        self.ask, self.told = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.outs = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.mod = nn.Linear(width, 8 * width)
+
+    def parameters_of(self, emb: Tensor) -> list[Tensor]:
+        """Scale and gate of each of the four branches."""
+        return list(self.mod(emb)[:, None, None].chunk(8, dim=-1))
+
+    def spatial(self, x: Tensor, scale: Tensor) -> Tensor:
+        """(B, F, N, D) -> the same, before its gate."""
+        q, k, v = (heads(z) for z in self.inside(normed(x) * (1 + scale)).chunk(3, dim=-1))
+        scores = torch.einsum("bfhnd,bfhmd->bfhnm", q, k) * q.shape[-1] ** -0.5
+        return self.outs[0](merged(torch.einsum("bfhnm,bfhmd->bfhnd", scores.softmax(-1), v)))
+
+    def temporal(self, x: Tensor, scale: Tensor) -> Tensor:
+        """(B, F, N, D) -> the same, before its gate."""
+        h = (normed(x) * (1 + scale)).transpose(1, 2).flatten(0, 1)
+        q, k, v = (heads(z) for z in self.along(h).chunk(3, dim=-1))
+        h = self.outs[1](merged(F.scaled_dot_product_attention(q, k, v)))
+        return h.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+    def cross(self, x: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        """(B, F, N, D) and the text (B, T, D) -> the first, before its gate."""
+        q = heads(self.ask(normed(x) * (1 + scale)).flatten(1, 2))
+        k, v = (heads(z) for z in self.told(text).chunk(2, dim=-1))
+        return self.outs[2](merged(F.scaled_dot_product_attention(q, k, v))).view(x.shape)
+
+    def feed(self, x: Tensor, scale: Tensor) -> Tensor:
+        """(B, F, N, D) -> the same, before its gate."""
+        return self.down(F.gelu(self.up(normed(x) * (1 + scale))))
+
+    def forward(self, x: Tensor, text: Tensor, emb: Tensor) -> Tensor:
+        s1, g1, s2, g2, s3, g3, s4, g4 = self.parameters_of(emb)
+        x = x + g1 * self.spatial(x, s1)
+        x = x + g2 * self.temporal(x, s2)
+        x = x + g3 * self.cross(x, text, s3)
+        return x + g4 * self.feed(x, s4)
+
+
+def normed(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:])
+
+
+class SpaceTime(nn.Module):
+    """(B, F, H, W, C) in and out; patches of 1 x 2 x 2."""
+
+    def __init__(self, width: int = 24, depth: int = 3) -> None:
+        super().__init__()
+        self.width = width
+        self.embed, self.head = nn.Linear(16, width), nn.Linear(width, 16)
+        self.time, self.words = nn.Sequential(nn.Linear(width, width), nn.SiLU()), nn.Linear(12, width)
+        self.trunk = nn.ModuleList(SpaceTimeBlock(width) for _ in range(depth))
+
+    def tokens(self, a: Tensor) -> Tensor:
+        """(B, F, H, W, C) -> (B, F, N, D)."""
+        a = a.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).transpose(3, 4)
+        return self.embed(a.flatten(4).flatten(2, 3))
+
+    def video(self, x: Tensor, a: Tensor) -> Tensor:
+        """The inverse, in the shape of ``a``."""
+        x = self.head(x).view(*a.shape[:2], a.shape[2] // 2, a.shape[3] // 2, 2, 2, -1)
+        return x.transpose(3, 4).reshape(a.shape)
+
+    def forward(self, a: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        emb, text, x = self.time(sinusoid(t, self.width)), self.words(text), self.tokens(a)
+        for block in self.trunk:
+            x = block(x, text, emb)
+        return self.video(x, a)
+
+
+def spacetime_call(step: int, seed: int) -> Call:
+    return {"a": randn(BATCH, 3, 4, 6, 4, seed=seed), "t": times(step, 1000), "text": randn(BATCH, 5, 12, seed=99)}
+
+
 MODELS = [
     Foreign("window", WindowDiT, window_call, 4),
     Foreign("causal", CausalDiT, causal_call, 3),
     Foreign("audio_video", AudioVideo, audio_video_call, 3),
     Foreign("keywords", KeywordDiT, keyword_call, 3),
+    Foreign("spacetime", SpaceTime, spacetime_call, 3),
 ]

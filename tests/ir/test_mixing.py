@@ -128,7 +128,7 @@ def test_experts_that_all_count_are_an_mlp(inner):
 def test_attention_is_no_mlp(inner):
     """A block of two attentions: where the second one counted as routing it would have an MLP."""
     program = outlined(Model(inner).eval(), randn(2, TOKENS, 4, seed=0), torch.tensor([500.0, 500.0]))
-    roles = {r.role for r in program.regions if r.parent.startswith("blocks.")}
+    roles = {r.role for r in program.regions if r.parent in {b.id for b in program.blocks()}}
     assert roles == {"attn"}
 
 

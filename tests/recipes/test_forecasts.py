@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,34 @@ class Hermite:
         x = self.sigma * (k - self.at)
         terms = [1.0, self.sigma * 2 * x, self.sigma**2 * (4 * x * x - 2) / 2]
         return sum(g * term for g, term in zip(self.g, terms, strict=False))
+
+
+class Taylor(Hermite):
+    """TaylorSeer's taylor_utils: the same differences under powers of the distance."""
+
+    def forecast(self, k: int) -> Array:
+        x = k - self.at
+        return sum(g * x**i / math.factorial(i) for i, g in enumerate(self.g))
+
+
+class Newton:
+    """The polynomial through the last values, by divided differences."""
+
+    def __init__(self, order: int) -> None:
+        self.order = order
+        self.values: list[tuple[int, Array]] = []
+
+    def push(self, y: Array, k: int) -> None:
+        self.values = [(k, y), *self.values][: self.order + 1]
+
+    def forecast(self, k: int) -> Array:
+        at, table = [a for a, _ in self.values], [y for _, y in self.values]
+        told, basis = table[0], 1.0
+        for i in range(1, len(at)):
+            table = [(table[j] - table[j + 1]) / (at[j] - at[j + i]) for j in range(len(table) - 1)]
+            basis *= k - at[i - 1]
+            told = told + basis * table[0]
+        return told
 
 
 class FoCa:
@@ -144,6 +173,10 @@ def on_run(make: Callable[[], Any], interval: int, first: int) -> Step:
 
 
 CASES = {
+    "taylorseer": Case("taylorseer{N=3,max_order=2,first_enhance=4}", lambda: on_modules(lambda: Taylor(2, 4), 3, 4)),
+    "taylorseer_newton": Case(
+        "taylorseer{interval=3,order=2,first=4,basis=newton}", lambda: on_modules(lambda: Newton(2), 3, 4)
+    ),
     "hicache": Case("hicache{N=3,max_order=2,first_enhance=4}", lambda: on_modules(lambda: Hermite(2, 4), 3, 4)),
     "hicache_run": Case("hicache{interval=3,order=1,first=4,on=run}", lambda: on_run(lambda: Hermite(1, 4), 3, 4)),
     "foca": Case("foca{interval=6,first=4}", lambda: on_modules(FoCa, 6, 4)),
@@ -170,7 +203,7 @@ def test_dmd_reads_once_after_a_computed_step():
     assert found.reads - run("lossless").reads == holds > 2
 
 
-@pytest.mark.parametrize("name", ["hicache", "foca", "ab2", "dmd"])
+@pytest.mark.parametrize("name", ["hicache", "foca", "ab2", "dmd", "taylorseer"])
 def test_interval_1_is_exact(name):
     exact(f"{name}{{interval=1}}")
 

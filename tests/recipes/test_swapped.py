@@ -16,7 +16,7 @@ NAMES = {name: str(case.recipe).split("{")[0] for name, case in CASES.items()}
 def test_every_online_recipe_and_forecast_has_a_transcription():
     assert set(NAMES.values()) == {
         "ab2", "adacache", "cg_taylor", "dbcache", "dbprune", "dmd", "easycache", "firstblock", "foca", "hicache",
-        "tdc", "teacache",
+        "taylorseer", "tdc", "teacache",
     }  # fmt: skip
 
 

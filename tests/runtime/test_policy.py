@@ -213,3 +213,18 @@ def test_time_in_timesteps_needs_them():
     with pytest.raises(SessionError, match="4 times given for 5"):
         table([d], 5, [1.0] * 4)
     assert table([d], 5, [1000, 900, 600, 300, 0])[2].weights["a"] == pytest.approx([4, -3])
+
+
+def test_a_window_in_the_models_time():
+    """Outside of it, and at its ends, every step computes and is kept; inside the interval counts from step 0."""
+    rule = schedule(Interval(4, low=100.0, high=800.0), None)
+    kept = [Anchor(2)]
+    assert [choose(rule, kept, 3, t) for t in (900.0, 800.0, 799.0, 101.0, 100.0, None)] == [
+        "compute", "compute", "reuse", "reuse", "compute", "compute",
+    ]  # fmt: skip
+    assert choose(rule, [Anchor(3)], 4, 500.0) == "compute"
+    times = [1000.0 - 100 * k for k in range(10)]
+    rows = table([decision(interval=Interval(4, low=100.0, high=800.0))], 10, times)
+    assert "".join(r.choices["cache"][0] for r in rows) == "cccrcrrrcc"
+    with pytest.raises(SessionError, match="pass the timesteps of the 10 steps"):
+        table([decision(interval=Interval(4, low=100.0, high=800.0))], 10)

@@ -35,13 +35,16 @@ class Source(Protocol):
 
 
 class Search(Protocol):
-    """What a file of this folder offers whose system is found by trying schedules, not from a recording."""
+    """What a file of this folder offers whose system is found by trying schedules."""
+
+    REGIONS: Sequence[str]
+    """What is recorded before, to begin the search with; ``latent`` at least."""
 
     def search(
-        self, trials: Callable[[str], Trials], steps: int, parameters: Mapping[str, Value], seconds: float
+        self, trials: Callable[[str], Trials], profile: Profile, parameters: Mapping[str, Value], seconds: float
     ) -> Recipe | str:
         """The recipe of what was found within ``seconds``. ``trials``: recipe text -> Trials of it on the user's model
-        and sampler (a context manager)."""
+        and sampler (a context manager). ``profile``: the recording of ``REGIONS``."""
         ...
 
 

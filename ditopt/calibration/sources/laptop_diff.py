@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from ditopt.calibration.profile import Profile
 from ditopt.calibration.trial import Trials
 from ditopt.errors import RecipeError
 from ditopt.pipeline import Value, print_call
 
 EXACT = "canonicalize, outline_blocks, hoist_invariants"
 
+REGIONS = ("latent",)
 
-def search(trials: Callable[[str], Trials], steps: int, parameters: Mapping[str, Value], seconds: float) -> str:
+
+def search(trials: Callable[[str], Trials], profile: Profile, parameters: Mapping[str, Value], seconds: float) -> str:
     """The blocks to leave out: together at least ``share`` of the blocks' FLOPs, at the least sum of the errors that
     leaving each of them out alone makes. ``seconds`` bounds nothing: there is one trial for each block."""
+    steps = profile.steps
     with trials(f"{EXACT}, {print_call('skip_blocks', {'region': 'blocks', 'mask': '1' * steps})}") as whole:
         blocks = [region for regions in whole.decisions.values() for region in regions]
     protect = int(parameters["protect"])

@@ -1,7 +1,8 @@
 """Settings of cache-dit, from its YAML files and dicts (vipshop/cache-dit 1.5, caching/load_configs.py).
 
-Its own names are kept, so that a file which runs there means the same here. cache-dit ignores a key it does not know;
-here that is an error, since a misspelt key is a setting that has no effect.
+Its own names are kept, so that a file which runs there means the same here: ``DBCacheSettings.system`` says it in
+parameters of the recipes ``dbcache`` and ``dbprune``. cache-dit ignores a key it does not know; here that is an error,
+since a misspelt key is a setting that has no effect.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ditopt.calibration.mask import check
-from ditopt.calibration.scm import scm_policy
 from ditopt.errors import BadInput, DitoptWarning, RecipeError, require
+from ditopt.recipes.masks import check
+from ditopt.recipes.scm import scm_policy
 
 SECTIONS = ("parallelism_config", "quantize_config", "attention_backend")
 """What a file of cache-dit may hold besides ``cache_config``; none of it is caching."""
@@ -98,6 +99,61 @@ class DBCacheSettings:
         leading = len(mask) - len(mask.lstrip("1")) if mask else self.max_warmup_steps
         return tuple(range(0, min(self.max_warmup_steps, leading), self.warmup_interval))
 
+    def system(self, where: str = "the settings") -> tuple[str, dict[str, Any]]:
+        """The recipe that does this, ``dbcache`` or ``dbprune``, and its parameters.
+
+        RecipeError where a setting has no counterpart; DitoptWarning where one needs none here.
+        """
+        for name, why in _MISSING.items():
+            if getattr(self, name) != _DEFAULTS[name]:
+                raise RecipeError(f"{where}: {name}={getattr(self, name)!r} cannot be followed: {why}")
+        for name in ("max_cached_steps", "max_continuous_cached_steps"):
+            if getattr(self, name) == 0:
+                raise RecipeError(f"{where}: {name}=0 caches nothing; give -1 for no cap, or 1 or more")
+        idle = [name for name in _IDLE if getattr(self, name) != _DEFAULTS[name]]
+        if idle:
+            warnings.warn(
+                f"{where}: {', '.join(idle)} has no effect here: guidance is found in the calls, each branch decides "
+                "by itself, and every stream that leaves the cached blocks is predicted alike",
+                DitoptWarning,
+                stacklevel=2,
+            )
+        values: dict[str, Any] = {"F": str(self.Fn_compute_blocks), "B": str(self.Bn_compute_blocks)}
+        mask = self._mask(where)
+        if self.steps_computation_policy == "static":
+            if not mask:
+                raise RecipeError(f"{where}: steps_computation_policy=static needs a steps_computation_mask")
+            values |= {"policy": "static", "mask": mask}
+        else:
+            values |= {
+                "threshold": self.residual_diff_threshold,
+                "max_cached_steps": max(self.max_cached_steps, 0),
+                "max_continuous_cached_steps": max(self.max_continuous_cached_steps, 0),
+            }
+            if self.max_accumulated_residual_diff_threshold:
+                values["max_accumulated_residual_diff_threshold"] = self.max_accumulated_residual_diff_threshold
+            if mask:
+                values["mask"] = mask
+        values["warmup"] = max(1, self.max_warmup_steps)  # nothing can be reused at the first step
+        if self.cache_type == "DBPrune":
+            odd = next((n for n in ("mask", "policy", "max_accumulated_residual_diff_threshold") if n in values), None)
+            if odd or self.calibrator != "hold":
+                raise RecipeError(f"{where}: {odd or self.calibrator} goes with cache_type DBCache, not with DBPrune")
+            return "dbprune", values
+        if self.calibrator != "hold":
+            values["predictor"] = self.calibrator
+        if self.calibrator == "taylorseer":
+            values["order"] = self.taylorseer_order
+        return "dbcache", values
+
+    def _mask(self, where: str) -> str:
+        """The mask to follow: that of the settings, or one for a warm-up in which some steps may reuse."""
+        if self.steps_computation_mask or self.warmup_interval == 1:
+            return self.steps_computation_mask
+        if self.num_inference_steps is None:
+            raise RecipeError(f"{where}: warmup_interval={self.warmup_interval} needs num_inference_steps beside it")
+        return "".join("1" if s in self.warmup_steps else "0" for s in range(self.num_inference_steps))
+
     @staticmethod
     def parse(given: Mapping[str, Any], where: str = "the settings") -> DBCacheSettings:
         """Settings from what a file of cache-dit holds: its keys flat, or below ``cache_config``.
@@ -172,6 +228,30 @@ _WORDS: Mapping[str, Sequence[str]] = {
     "calibrator_cache_type": ("residual", "hidden_states"),
 }
 _TYPES = {f.name: str(f.type).removesuffix(" | None") for f in dataclasses.fields(DBCacheSettings)}
+
+
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(DBCacheSettings)}
+_MISSING: Mapping[str, str] = {
+    "force_refresh_step_hint": "open a session (with fast.session(steps=...)) where a request begins",
+    "taylorseer_cache_type": "what is predicted is what the cached blocks add (residual)",
+    "calibrator_cache_type": "what is predicted is what the cached blocks add (residual)",
+    "dmd_history": "dmd reads the last 6 computed steps",
+    "dmd_rank": "dmd chooses its rank by itself",
+    "enable_dynamic_prune_threshold": "give residual_diff_threshold",
+    "non_prune_block_ids": "give Fn_compute_blocks and Bn_compute_blocks",
+}
+_IDLE = (
+    "enable_separate_cfg",
+    "cfg_compute_first",
+    "cfg_diff_compute_separate",
+    "enable_encoder_taylorseer",
+    "enable_encoder_dmd",
+    "enable_encoder_foca",
+    "dmd_ridge",
+    "dmd_svd_precision",
+    "force_reduce_calibrator_vram",
+)
+"""Settings that are decided here by what the model and the loop are."""
 
 
 def _typed(where: str, key: str, value: Any) -> Any:

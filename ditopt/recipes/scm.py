@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from ditopt.calibration.mask import check, whole
 from ditopt.errors import BadInput
+from ditopt.recipes.masks import check, whole
 
 Bins = tuple[Sequence[int], Sequence[int]]
 """Lengths of the computed runs and of the reused runs; a computed run comes first."""

@@ -3,10 +3,14 @@
 import warnings
 
 import pytest
+import torch
 
-from ditopt.calibration.dbcache import DBCacheSettings
-from ditopt.calibration.scm import scm_policy
+import ditopt
 from ditopt.errors import DitoptWarning, RecipeError
+from ditopt.recipe import Recipe
+from ditopt.recipes.cache_dit import DBCacheSettings
+from ditopt.recipes.scm import scm_policy
+from tests import tiny_sampler
 
 DOCUMENTED = """
 cache_config:
@@ -22,6 +26,71 @@ cache_config:
   num_inference_steps: 28
   steps_computation_mask: fast
 """
+
+
+def parsed(tmp_path, text: str) -> str:
+    path = tmp_path / "cache.yaml"
+    path.write_text(text)
+    return str(Recipe.parse(str(path)))
+
+
+def test_a_file_of_cache_dit_is_a_recipe(tmp_path):
+    """Each of its names where its users know it; what is not said is cache-dit's default, not that of the recipe."""
+    found = parsed(tmp_path, DOCUMENTED)
+    same = Recipe.parse(
+        "dbcache{Fn_compute_blocks=1,B=0,R=0.12,W=8,MC=2,predictor=taylorseer,taylorseer_order=1,"
+        "SCM=1111110100010000100000100001}"
+    )
+    assert found == str(same)
+    plain = parsed(tmp_path, "cache_config: {cache_type: DBCache}")
+    assert plain == str(Recipe.parse("dbcache{F=8,B=0,threshold=0.08,warmup=8}"))
+    assert parsed(tmp_path, "{max_cached_steps: 7, enable_foca: true, Bn_compute_blocks: 2}") == str(
+        Recipe.parse("dbcache{F=8,B=2,M=7,calibrator=foca}")
+    )
+    static = "{steps_computation_mask: [1, 1, 0, 1], steps_computation_policy: static, enable_dmd: true}"
+    assert parsed(tmp_path, static) == str(Recipe.parse("dbcache{F=8,policy=static,mask=1101,predictor=dmd}"))
+    pruned = "{cache_type: DBPrune, residual_diff_threshold: 0.04, max_warmup_steps: 2}"
+    assert parsed(tmp_path, pruned) == str(Recipe.parse("dbprune{F=8,R=0.04,W=2}"))
+    some = "{max_warmup_steps: 4, warmup_interval: 2, num_inference_steps: 7}"
+    assert "mask=1010000" in parsed(tmp_path, some)
+    budget = parsed(tmp_path, "{max_accumulated_residual_diff_threshold: 0.5}")
+    assert "budget=0.5" in budget
+
+
+def test_a_file_of_cache_dit_runs(tmp_path):
+    path = tmp_path / "cache.yml"
+    path.write_text("{Fn_compute_blocks: 1, max_warmup_steps: 2, residual_diff_threshold: 0.9}")
+    outputs = []
+    for recipe in (path, "dbcache{F=1,B=0,W=2,R=0.9}"):
+        fast = ditopt.optimize(tiny_sampler.model(), recipe, target="eager", steps=8)
+        outputs.append(tiny_sampler.sample(fast, 3, 8))
+        assert fast.stats.hits.total() > 0
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{max_cached_steps: 0}", "max_cached_steps=0 caches nothing; give -1"),
+        ("{force_refresh_step_hint: 3}", "force_refresh_step_hint=3 cannot be followed: open a session"),
+        ("{enable_taylorseer: true, taylorseer_cache_type: hidden_states}", "taylorseer_cache_type='hidden_states'"),
+        ("{non_prune_block_ids: [8], cache_type: DBPrune}", "cannot be followed: give Fn_compute_blocks"),
+        ("{steps_computation_policy: static}", "static needs a steps_computation_mask"),
+        ("{warmup_interval: 2}", "warmup_interval=2 needs num_inference_steps"),
+        ("{cache_type: DBPrune, enable_foca: true}", "foca goes with cache_type DBCache"),
+        ("{residual_diff_treshold: 0.1}", "no setting is called residual_diff_treshold"),
+        ("{residual_diff_threshold: 2}", "expected at most 1"),
+    ],
+)
+def test_what_a_file_cannot_ask_for_is_one_sentence(tmp_path, text, says):
+    with pytest.raises(RecipeError, match=says) as caught:
+        parsed(tmp_path, text)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_needs_no_setting_here_is_said(tmp_path):
+    with pytest.warns(DitoptWarning, match="enable_separate_cfg has no effect here"):
+        parsed(tmp_path, "{enable_separate_cfg: true}")
 
 
 def test_defaults_are_those_of_cache_dit():

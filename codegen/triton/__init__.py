@@ -1,0 +1,1 @@
+"""Hand-written Triton kernels, one file for each operator. Importing one imports triton."""

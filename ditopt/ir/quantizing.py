@@ -1,0 +1,242 @@
+"""Writes a QuantScheme into a Program: explicit quantize and dequantize operators around linear layers.
+
+A layer ``x @ W^T + b`` becomes ``dequantize(quantize(x)) @ dequantize(quantize(W))^T + b``. What is made of W stands in
+a memo that depends on weights alone, so that it is computed once, and again when a weight changed. Blocks that share a
+body go on sharing it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ditopt.ir.binding import Binding, bind
+from ditopt.ir.cost import flops
+from ditopt.ir.derived import Derived, Reads
+from ditopt.ir.edit import Editor, prune
+from ditopt.ir.layers import Layer, layer
+from ditopt.ir.program import Formal, Function, Program, call_args, callee, formal, is_call
+from ditopt.ir.scheme import QuantScheme
+from ditopt.ops import dequantize, int8_linear, low_rank, packed_linear, quantize
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Quantized:
+    """What was done: layers quantized, counted once a block; sentences on what was not; FLOPs a step of the layers that
+    are quantized, and of all that multiply a weight inside blocks; bytes of their weights before and after."""
+
+    program: Program
+    layers: int = 0
+    refused: list[str] = field(default_factory=list)
+    flops: int = 0
+    of: int = 0
+    before: int = 0
+    after: int = 0
+
+
+def quantized(program: Program, scheme: QuantScheme, keep: Collection[str], origin: str) -> Quantized:
+    """``program`` with the layers that ``scheme`` is for quantized, except in the regions ``keep``."""
+    out = Quantized(program)
+    binding = bind(program)
+    derived = Derived(program, "weights", origin)
+    bodies: dict[str, Function] = {}
+    with Editor(program.step, origin) as e:
+        reads = Reads(e)
+        for name, calls in _alike(program, keep):
+            body = program.functions[callee(calls[0])]
+            kept = _kept(str(calls[0].meta["region"]), keep)
+            found = list(_layers(body, binding, scheme, kept, out, len(calls)))
+            if not found:
+                continue
+            made = _Body(body, name, scheme, found, origin)
+            for call in calls:
+                parts = made.derive(derived, call)
+                out.layers += len(found)
+                out.flops += sum(flops(x.node) for x in found)
+                out.before += sum(w.meta["val"].nbytes for w in made.weights)
+                out.after += sum(p.meta["val"].nbytes for group in parts for p in group)
+                actuals = [reads.of(derived.keep(p), p.meta["val"]) for group in parts for p in group]
+                made.recall(e, e[call], parts, actuals)
+            bodies[name] = made.function()
+        e.drop_dead()
+    if not out.layers:
+        return out
+    changed = program.replace(functions={**program.functions, **bodies, program.entry: e.function()})
+    out.program = prune(derived.added(changed))
+    return out
+
+
+def _alike(program: Program, keep: Collection[str]) -> list[tuple[str, list[fx.Node]]]:
+    """The calls that can go on sharing a body, with its name: those of one body in which the same is kept."""
+    groups: dict[tuple[str, frozenset[str]], list[fx.Node]] = {}
+    for call in program.calls():
+        groups.setdefault((callee(call), _kept(str(call.meta["region"]), keep)), []).append(call)
+    seen: Counter[str] = Counter()
+    out = []
+    for (name, _), calls in groups.items():
+        seen[name] += 1
+        out.append((name if seen[name] == 1 else f"{name}_{seen[name]}", calls))
+    return out
+
+
+def _kept(region: str, keep: Collection[str]) -> frozenset[str]:
+    """The roles of a block that stay as they are; "*" for all of it."""
+    if region in keep or "model" in keep:
+        return frozenset(("*",))
+    return frozenset(k.removeprefix(f"{region}.") for k in keep if k.startswith(f"{region}."))
+
+
+def _layers(
+    body: Function,
+    binding: Mapping[fx.Node, Binding],
+    scheme: QuantScheme,
+    kept: Collection[str],
+    out: Quantized,
+    calls: int,
+) -> Iterator[Layer]:
+    """The layers of a body that ``scheme`` is for; what it cannot do goes to ``out.refused``."""
+    if "*" in kept:
+        return
+    why: Counter[str] = Counter()
+    for node in body.graph.nodes:
+        found = layer(node)
+        if found is None or binding[found.weight] != Binding.CONSTANT or not binding[found.x] & Binding.LATENT:
+            continue
+        role = str(node.meta["region"]).removeprefix(".")
+        if role not in scheme.policy.roles or role in kept:
+            continue
+        out.of += calls * flops(node)
+        reason = _why_not(found, scheme)
+        if reason:
+            why[reason] += 1
+        else:
+            yield found
+    out.refused += [
+        f"{n} linear layer{'s' if n > 1 else ''} of {body.name} stay: {reason}" for reason, n in why.items()
+    ]
+
+
+def _why_not(found: Layer, scheme: QuantScheme) -> str:
+    value = found.x.meta["val"]
+    if value.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"their input is {value.dtype}; expected float32, float16 or bfloat16"
+    if found.weight.meta["val"].dtype is not value.dtype:
+        return f"their input is {value.dtype} and their weight {found.weight.meta['val'].dtype}"
+    for f in (scheme.weight, scheme.activation):
+        if f is not None and f.group and found.width % f.group:
+            return f"groups of {f.group} do not divide their {found.width} inputs"
+    if scheme.packed and found.width % 2:
+        return f"two values go in a byte, and they have {found.width} inputs"
+    if scheme.branch is not None and scheme.branch.rank > min(found.weight.meta["val"].shape):
+        return f"rank {scheme.branch.rank} is more than a weight {list(found.weight.meta['val'].shape)} has"
+    return ""
+
+
+class _Body:
+    """A block body being quantized, and the calls of it."""
+
+    def __init__(self, body: Function, name: str, scheme: QuantScheme, layers: Sequence[Layer], origin: str) -> None:
+        self.body, self.scheme = body, scheme
+        self.layers = layers
+        turned = {x.weight: x.turned for x in layers}
+        self.weights = list(turned)
+        self._turned = [turned[w] for w in self.weights]
+        self.e = Editor(Function(name, body.graph), origin)
+        self._formals: list[list[fx.Node]] = []
+        self._left: list[int] = []
+
+    def derive(self, derived: Derived, call: fx.Node) -> list[list[fx.Node]]:
+        """For each weight what the loop reads of it, as nodes of the memo."""
+        actual = dict(zip(self.body.placeholders, call_args(call), strict=True))
+        return [
+            self._parts(derived, derived.read(w, actual), t) for w, t in zip(self.weights, self._turned, strict=True)
+        ]
+
+    def _parts(self, derived: Derived, weight: fx.Node, turned: bool) -> list[fx.Node]:
+        e, scheme = derived.e, self.scheme
+        if turned:
+            weight = e.op(aten.t.default, weight)
+        thin: list[fx.Node] = []
+        if scheme.branch is not None:
+            branch = scheme.branch
+            split = e.op(low_rank, weight, branch.rank, scheme.weight.bits, scheme.weight.group, branch.rounds)
+            down, up, weight = (e.op(operator.getitem, split, k) for k in range(3))
+            thin = [down, up]
+        made = e.op(quantize, weight, scheme.weight.bits, scheme.weight.group, scheme.packed)
+        return [*(e.op(operator.getitem, made, k) for k in range(2)), *thin]
+
+    def recall(self, e: Editor, call: fx.Node, parts: Sequence[Sequence[fx.Node]], actuals: Sequence[fx.Node]) -> None:
+        """``call`` calls the quantized body, with ``actuals`` for ``parts``."""
+        if not self._formals:
+            self._rewrite(parts)
+        args = [*(a for i, a in enumerate(call_args(call)) if i in self._left), *actuals]
+        values: Any = call.meta["val"]
+        results = e.call(self.e._name, args, values, call, str(call.meta["region"]))
+        for user in list(call.users):
+            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+
+    def _rewrite(self, parts: Sequence[Sequence[fx.Node]]) -> None:
+        """The layers of the body, with formals for ``parts``."""
+        e = self.e
+        names = ("values", "scale", "down", "up")
+        for k, group in enumerate(parts):
+            made = [self._formal(f"w{k}_{n}", p.meta["val"]) for n, p in zip(names, group, strict=False)]
+            self._formals.append(made)
+        inputs: dict[fx.Node, fx.Node] = {}
+        for found in self.layers:
+            new = self._layer(found, self._formals[self.weights.index(found.weight)], inputs)
+            e.replace(e[found.node], new)
+        before = [formal(p).ref for p in self.body.placeholders]
+        e.drop_dead()
+        after = {formal(p).ref for p in e.graph.nodes if p.op == "placeholder"}
+        self._left = [i for i, ref in enumerate(before) if ref in after]
+
+    def _formal(self, name: str, value: Any) -> fx.Node:
+        return self.e.placeholder(name, Formal("formal", name), value)
+
+    def _layer(self, found: Layer, parts: Sequence[fx.Node], inputs: dict[fx.Node, fx.Node]) -> fx.Node:
+        e, scheme = self.e, self.scheme
+        at = e[found.node]
+        where: dict[str, Any] = {"at": at, "region": str(at.meta["region"])}
+        x, dtype = e[found.x], found.x.meta["val"].dtype
+        if scheme.activation is not None:
+            if x not in inputs:
+                made = e.op(quantize, x, scheme.activation.bits, scheme.activation.group, **where)
+                both = [e.op(operator.getitem, made, k, **where) for k in range(2)]
+                inputs[x] = e.op(dequantize, *both, dtype, **where)
+            given = inputs[x]
+        else:
+            given = x
+        weight = e.op(dequantize, *parts[:2], dtype, **where)
+        bias = [e[found.bias]] if found.bias is not None else []
+        new = e.op(aten.linear.default, given, weight, *bias, **where)
+        if scheme.branch is not None:
+            thin = e.op(aten.linear.default, x, parts[2], **where)
+            new = e.op(aten.add.Tensor, new, e.op(aten.linear.default, thin, parts[3], **where), **where)
+        return new
+
+    def function(self) -> Function:
+        """The quantized body."""
+        return self.e.function()
+
+
+def quantized_nodes(program: Program) -> Iterator[fx.Node]:
+    """The products of the entry and of the bodies that it calls whose weight is small integers, once a call."""
+    for node in program.step.graph.nodes:
+        inside = program.functions[callee(node)].graph.nodes if is_call(node) else [node]
+        yield from (n for n in inside if is_quantized(n))
+
+
+def is_quantized(node: fx.Node) -> bool:
+    """Whether ``node`` multiplies by a weight of small integers."""
+    args: Any = node.args
+    dequantized = node.target is aten.linear.default and args[1].target is dequantize
+    return node.target in (int8_linear, packed_linear) or dequantized

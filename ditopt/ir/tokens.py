@@ -1,0 +1,373 @@
+"""The rewrite behind the pass ``select_tokens``: beside the step on all tokens, one on those that a score chooses.
+
+The step gets a second path: the streams of the latent are gathered in front of the run, blocks are called with bodies
+that know part of the tokens (ir/short.py), and where something is reached that needs all of them (the model's output, a
+block behind the run) the computed ones are put into what was there before. ``select`` chooses between the two paths, so
+that lowering makes step graphs of them as of any other decision. State: the last value at each place where the paths
+meet again, keys and values of every attention, and the score by which the next positions are chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ditopt.ir.binding import Binding, bind
+from ditopt.ir.edit import Editor, prune, replace_functions
+from ditopt.ir.outline import clone_body
+from ditopt.ir.program import (
+    Decision,
+    Formal,
+    Function,
+    Interval,
+    Predictor,
+    Program,
+    Region,
+    Stream,
+    TensorType,
+    call_args,
+    callee,
+    formal,
+    is_call,
+)
+from ditopt.ir.reuse import Reuse, dense, dense_type
+from ditopt.ir.score import Scoring, score
+from ditopt.ir.short import Mixes, Place, Short, TokenSet, after
+from ditopt.ir.short_rules import visit
+from ditopt.ir.span import Span
+from ditopt.ops import select
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A body on part of the tokens. ``takes``: formal -> (formal of the whole body, place, rank) that is gathered for
+    it; ``kept``: its formals of kept keys and values, in the order of the ``sites`` that the full body gives back;
+    ``places``: of its results."""
+
+    name: str
+    full: str
+    shorts: Mapping[str, str]
+    takes: Mapping[str, tuple[str, Place, int]]
+    kept: tuple[str, ...]
+    values: tuple[Any, ...]
+    places: tuple[Place | None, ...]
+
+
+class Choosing:
+    """The rewrite of one decision. ``blocks``: ids of those that run on part of the tokens."""
+
+    def __init__(self, program: Program, ids: set[str], count: Callable[[int], int], scoring: Scoring) -> None:
+        self.before, self.scoring = program, scoring
+        self.name = f"tokens{len(program.decisions)}"
+        self.binding = bind(program)
+        self.span = Span(program, self.binding, ids)
+        self.functions: dict[str, Function] = {}
+        self.regions: dict[str, str] = {}
+        self.blocks: list[str] = []
+        self.e = Editor(program.step, "select_tokens")
+        self.reuse = Reuse(self.e, self.name, Predictor())
+        self._parts: dict[Any, _Part] = {}
+        self._full: dict[fx.Node, fx.Node] = {}  # results of calls that were made again
+        self._met: dict[fx.Node, fx.Node] = {}
+        start, stream = _entry(program, self.span)
+        value = start.meta["val"]
+        place = Place(stream.axes[0], stream.start, int(value.shape[stream.axes[0]]), 0 if stream.axes[0] else -1)
+        rows = int(value.shape[0]) if place.batch == 0 else 1
+        self.set = TokenSet(stream.tokens, count(stream.tokens), rows)
+        node = self.e[start]
+        self.chooser = Chooser(self, node)
+        self.short = Short(self.e, self.set, self.chooser.index, self._keep)
+        self.short.twins[node] = self.short.take(node, place, value.ndim), place
+        self._starts = {node}
+
+    def program(self, schedule: Interval) -> Program:
+        """The rewritten Program; ``Mixes`` where tokens meet outside of attention."""
+        for node in [n for n in self.before.step.graph.nodes if n.op == "call_function"]:
+            self._node(node)
+        results = [self._whole(self._now(r)) for r in self.before.step.results]
+        self.e.set_results(results)
+        self.chooser.finish(self._output(), self._met)
+        self.reuse.finish(self.before.step.state_out)
+        decision = Decision(self.name, tuple(self.blocks), schedule, Predictor(), tuple(self.reuse.groups), "")
+        step = self.e.function()
+        body = {str(n.meta["region"]): callee(n) for n in step.graph.nodes if is_call(n)}
+        out = replace_functions(self.before, {**self.functions, self.before.entry: step})
+        regions = []
+        for r in out.regions:
+            regions.append(dataclasses.replace(r, function=body[r.id]) if r.id in body else r)
+            part = f"{r.id}.{self.name}"
+            if part in body:
+                regions.append(Region(part, "part", r.id, r.stage, function=body[part]))
+        return prune(
+            out.replace(
+                state=(*out.state, *self.reuse.types), decisions=(*out.decisions, decision), regions=tuple(regions)
+            )
+        )
+
+    # -- the entry -----------------------------------------------------------------------------------------------------
+
+    def _now(self, node: fx.Node) -> fx.Node:
+        return self._full.get(self.e[node], self.e[node])
+
+    def _node(self, node: fx.Node) -> None:
+        inside = node in self.span
+        if is_call(node):
+            if not any(self._now(a) in self.short.twins for a in call_args(node)):
+                return
+            if inside:
+                self._call(node)
+                return
+        elif node.args and isinstance(node.args[0], fx.Node) and is_call(node.args[0]):
+            return
+        else:
+            try:
+                visit(self.short, self.e[node])
+                return
+            except Mixes as reason:
+                if inside:
+                    raise Mixes(f"between blocks, {reason}") from None
+        for operand in node.all_input_nodes:
+            old = self._now(operand)
+            if old in self.short.twins:
+                self.e[node].replace_input_with(old, self._whole(old))
+
+    def _whole(self, node: fx.Node) -> fx.Node:
+        """What reads ``node`` for all tokens reads, whichever path was taken."""
+        if node not in self.short.twins or node in self._starts:
+            return node
+        if node not in self._met:
+            self._met[node] = self._meet(node)
+        return self._met[node]
+
+    def _meet(self, node: fx.Node) -> fx.Node:
+        twin, place = self.short.twins[node]
+        at = after(node, twin)
+        value = dense(self.e, node, at)
+        if place is None:
+            return self.e.op(select, value, dense(self.e, twin, at), self.name, at=at)
+        own = dense(self.e, self.short.own(value, place, at), at)
+        slot = self.reuse.slots(own.meta["val"])[0][0]
+        put = self.short.put(slot, self.short.own(twin, place, at, short=True), place, at)
+        chosen = self.e.op(select, value, self.short.whole(twin, put, place, at), self.name, at=at)
+        moved = chosen if own is value else self.e.op(select, own, put, self.name, at=at)
+        self.reuse.update(slot, moved, "always")
+        return chosen
+
+    def _keep(self, node: fx.Node, place: Place) -> fx.Node:
+        raise Mixes("attention lies outside of blocks")
+
+    def _output(self) -> fx.Node:
+        for old, new in zip(self.before.step.results[: self.before.step.n_results], self.e.results, strict=False):
+            if self.binding[old] & Binding.LATENT:
+                return new
+        raise Mixes("no output depends on the latent")
+
+    def channels(self, output: fx.Node) -> int:
+        """How many channels of the output are the noise, where a variance follows them: those of the latent; else 0."""
+        shape = list(output.meta["val"].shape)
+        for p in self.before.step.placeholders:
+            given = list(p.meta["val"].shape)
+            if formal(p).kind == "input" and self.binding[p] & Binding.LATENT and len(given) == len(shape):
+                more = [(a, b) for a, b in zip(given, shape, strict=True) if a != b]
+                if len(more) == 1 and more[0][1] == 2 * more[0][0]:
+                    return int(more[0][0])
+        return 0
+
+    # -- blocks --------------------------------------------------------------------------------------------------------
+
+    def _call(self, node: fx.Node) -> None:
+        """The call of the full body, which gives back keys and values too, and behind it that of the part."""
+        e, block = self.e, str(node.meta["region"])
+        old = e[node]
+        part = self._body(node, block)
+        body = self.before.functions[callee(node)]
+        types = [*node.meta["val"], *part.values]
+        full = e.call(part.full, call_args(old), types, old.next, block)
+        for user in list(old.users):
+            self._full[user] = full[user.args[1]]  # type: ignore[index]
+            user.replace_all_uses_with(full[user.args[1]])  # type: ignore[index]
+        at = full[-1].next
+        slots = {k: self.reuse.slots(v)[0][0] for k, v in zip(part.kept, part.values, strict=True)}
+        given = {formal(p).ref: a for p, a in zip(body.placeholders, call_args(old), strict=True)}
+        args = []
+        for p in self.functions[part.name].placeholders:
+            ref = formal(p).ref
+            if ref in part.takes:
+                name, place, rank = part.takes[ref]
+                args.append(self.short.take(given[name], place, rank))
+            elif ref in part.shorts:
+                args.append(self.short.twin(given[part.shorts[ref]]))
+            elif ref == _INDEX:
+                args.append(self.chooser.index)
+            else:
+                args.append(slots[ref] if ref in slots else self.short.twin(given[ref]))
+        values = [r.meta["val"] for r in self.functions[part.name].results]
+        region = f"{block}.{self.name}"
+        made = e.call(part.name, args, values, at, region)
+        n = len(body.results)
+        for whole, twin, place in zip(full[:n], made[:n], part.places, strict=True):
+            self.short.twins[whole] = twin, place
+        for kept, new, ref in zip(full[n:], made[n:], part.kept, strict=True):
+            chosen = e.op(select, kept, new, self.name, at=made[-1].next)
+            for d in self.before.decisions:  # where the block is left out, so are its keys and values
+                if block in d.regions or f"{block}.attn" in d.regions:
+                    chosen = e.op(select, chosen, slots[ref], d.name, at=chosen.next)
+            self.reuse.update(slots[ref], chosen, "always")
+        self.blocks.append(block)
+
+    def _body(self, node: fx.Node, block: str) -> _Part:
+        actual = [self._now(a) for a in call_args(node)]
+        twins = [self.short.twins.get(a, (a, None)) for a in actual]
+        kinds = [(i, p, repr(TensorType.of(t.meta["val"]))) for i, (t, p) in enumerate(twins) if p is not None]
+        key = callee(node), tuple(kinds)
+        if key not in self._parts:
+            try:
+                self._parts[key] = self._made(callee(node), twins)
+            except Mixes as reason:
+                raise Mixes(f"{block}: {reason}") from None
+        return self._parts[key]
+
+    def _made(self, name: str, twins: list[tuple[fx.Node, Place | None]]) -> _Part:
+        body = self.before.functions[name]
+        number = sum(p.name.startswith(f"{name}_{self.name}_part") for p in self._parts.values()) or ""
+        takes: dict[str, tuple[str, Place, int]] = {}
+        kept: dict[str, fx.Node] = {}
+        shorts: dict[str, str] = {}
+        with clone_body(body, f"{name}_{self.name}_part{number}", "select_tokens") as e:
+
+            def new(ref: str, value: Any) -> fx.Node:
+                return e.placeholder(ref, Formal("formal", ref), value)
+
+            def keep(node: fx.Node, place: Place) -> fx.Node:
+                value = _own_type(e, node.meta["val"], place, self.set)
+                ref = f"kept{len(kept)}"
+                kept[ref] = node
+                return new(ref, value)
+
+            def formal_(node: fx.Node, place: Place, rank: int) -> fx.Node | None:
+                if node.op != "placeholder":
+                    return None
+                ref = f"{formal(node).ref}_part"
+                if ref in takes:
+                    return None  # taken in two ways: once gathered outside, once here
+                takes[ref] = (formal(node).ref, place, rank)
+                return new(ref, _taken_type(e, node.meta["val"], place, rank, self.set))
+
+            with e.mode:
+                index = new(_INDEX, torch.empty((self.set.rows, self.set.count), dtype=torch.int64))
+            s = Short(e, self.set, index, keep, formal_)
+            for p, (twin, place) in zip(body.placeholders, twins, strict=True):
+                if place is not None:
+                    ref = f"{formal(p).ref}_part"
+                    shorts[ref] = formal(p).ref
+                    s.twins[e[p]] = new(ref, twin.meta["val"]), place
+            for node in [n for n in body.graph.nodes if n.op == "call_function"]:
+                visit(s, e[node])
+            places = tuple(s.place(e[r]) for r in body.results)
+            tokens = [m[1] for m in s.merged.values()]
+            e.set_results([*(s.twin(e[r]) for r in body.results), *tokens])
+            back = {e[n]: n for n in body.graph.nodes if n.op != "output"}
+            sites = [(back[n], m[2]) for n, m in s.merged.items()]
+            e.drop_dead()
+        part = e.function()
+        self.functions[part.name] = part
+        with clone_body(body, f"{name}_{self.name}{number}", "select_tokens") as e:
+            s = Short(e, self.set, e.results[0], keep)
+            more = []
+            for node, place in sites:
+                at = after(e[node])
+                more.append(dense(e, s.own(e[node], place, at), at))
+            e.set_results([*e.results, *more])
+        full = e.function()
+        self.functions[full.name] = full
+        values = tuple(r.meta["val"] for r in full.results[len(body.results) :])
+        return _Part(part.name, full.name, shorts, takes, tuple(kept), values, places)
+
+
+_INDEX = "positions"
+
+
+def _own_type(e: Editor, value: Any, place: Place, set_: TokenSet) -> Any:
+    with e.mode:
+        own = value if place.size == set_.tokens else value.narrow(place.dim, place.start, set_.tokens)
+        return dense_type(own)
+
+
+def _taken_type(e: Editor, value: Any, place: Place, rank: int, set_: TokenSet) -> Any:
+    shape = [int(n) for n in value.shape]
+    if set_.rows > 1:
+        shape = [1] * (rank - len(shape)) + shape
+        shape[place.batch] = set_.rows
+    shape[place.dim - rank + len(shape)] = set_.short(place.size)
+    with e.mode:
+        return torch.empty(shape, dtype=value.dtype, device=value.device)
+
+
+def _entry(program: Program, span: Span) -> tuple[fx.Node, Stream]:
+    """The value whose tokens are chosen, where it enters the run, and its stream there."""
+    first = span.calls[0]
+    streams = program.region(str(first.meta["region"])).streams
+    known = [s for s in streams if s.made_of == "latent"] or [s for s in streams if s.made_of == ""]
+    if not known:
+        raise Mixes(f"{first.meta['region']} has no stream of the latent whose tokens could be chosen")
+    stream = max(known, key=lambda s: s.tokens)
+    if len(stream.axes) != 1:
+        raise Mixes(
+            f"the tokens of {first.meta['region']} lie in {len(stream.axes)} dimensions of its stream, not in one"
+        )
+    body = program.functions[callee(first)]
+    at = next(i for i, p in enumerate(body.placeholders) if formal(p).ref == stream.formal)
+    return call_args(first)[at], stream
+
+
+class Chooser:
+    """The positions of a step, from what the step before left; and what this step leaves for the next."""
+
+    def __init__(self, work: Choosing, start: fx.Node) -> None:
+        self.work, e, o = work, work.e, work.scoring
+        rows, tokens, count = work.set.rows, work.set.tokens, work.set.count
+        with e.mode:
+            empty = torch.empty((rows, tokens), dtype=torch.float32, device=start.meta["val"].device)
+        self.scores = work.reuse.slot("score", empty)
+        self.skips = work.reuse.slot("skips", empty)
+        where: dict[str, Any] = {"at": next(n for n in e.graph.nodes if n.op != "placeholder")}
+        worth = self.scores
+        if o.starvation:
+            grown = e.op(aten.exp.default, e.op(aten.mul.Tensor, self.skips, -o.starvation, **where), **where)
+            worth = e.op(aten.mul.Tensor, worth, grown, **where)
+        if o.share != "sample" and rows > 1:
+            groups = rows // 2 if o.share == "halves" else 1
+            parts = e.op(aten.view.default, worth, [rows // groups, groups, tokens], **where)
+            mean = e.op(aten.mean.dim, parts, [0], True, **where)
+            both = e.op(aten.expand.default, mean, [rows // groups, groups, tokens], **where)
+            worth = e.op(aten.reshape.default, both, [rows, tokens], **where)
+        skipped = tokens - count
+        low = skipped - int(skipped * o.high)
+        lowest = e.op(aten.topk.default, worth, count + low, -1, False, True, **where)
+        ids = _item(e, lowest, 1, where["at"])
+        if low:
+            ids = e.op(aten.slice.Tensor, ids, 1, low, low + count, **where)
+        order = e.op(aten.sort.default, ids, -1, **where)
+        self.index = _item(e, order, 0, where["at"])
+
+    def finish(self, output: fx.Node, met: Mapping[fx.Node, fx.Node]) -> None:
+        """Score this step's prediction, and count whom it left out."""
+        work, e = self.work, self.work.e
+        work.reuse.update(self.scores, score(e, work.short, output, met, work.scoring, work.channels(output)), "always")
+        shape, device = [work.set.rows, work.set.tokens], self.skips.meta["val"].device
+        ones = e.op(aten.full.default, shape, 1.0, dtype=torch.float32, device=device)
+        left_out = e.op(aten.scatter.value, ones, 1, self.index, 0.0)
+        skips = e.op(aten.add.Tensor, self.skips, left_out)
+        work.reuse.update(self.skips, e.op(select, self.skips, skips, work.name), "always")
+
+
+def _item(e: Editor, node: fx.Node, at: int, before: fx.Node) -> fx.Node:
+    return e.op(operator.getitem, node, at, at=before)

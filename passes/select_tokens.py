@@ -1,0 +1,124 @@
+"""Run blocks on part of the tokens: those whose prediction the last steps left open.
+
+Region-adaptive sampling (RAS): some steps compute all tokens; the others only a fixed number of them, chosen in each
+sample by a score of what the model predicted for them last. Chosen tokens are gathered behind the embedding, with their
+positions, and run through the blocks as a shorter sequence; attention reads the keys and values of the others as they
+were computed last, and their prediction stays what it was, so that any sampler moves them on with it. Text is never
+left out. Nothing of this is read by the host: counts are static, positions are data.
+
+In the Program, both paths stand side by side, and ``select`` is asked once a step which of them is taken
+(``Program.decisions``): "compute" is all tokens, "reuse" is part of them. At ``ratio=1`` all tokens are chosen on every
+step, the neutral setting: what is computed is the same, bit for bit. Approximate otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ditopt.errors import RecipeError
+from ditopt.ir import example
+from ditopt.ir.program import Interval, Program
+from ditopt.ir.score import Metric, Scoring, Share
+from ditopt.ir.select import select_regions
+from ditopt.ir.short import Mixes
+from ditopt.ir.tokens import Choosing
+from ditopt.pipeline import Context, Outcome, Pass
+
+
+@dataclass(frozen=True)
+class SelectTokens(Pass):
+    """Compute only part of the tokens on some steps.
+
+    ``region``: the run of blocks (ir/select.py). ``ratio``: the share of tokens that a partial step computes, rounded
+    down to a ``multiple`` of them (at least one). ``first``, ``every``, ``last``, ``resets``, ``mask``: the steps that
+    compute all (``Interval``). ``metric``, ``starvation``, ``high``, ``share``: how tokens are chosen (``Scoring``).
+    """
+
+    region: str = "blocks"
+    ratio: float = 0.5
+    multiple: int = 1
+    first: int = 4
+    every: int = 0
+    last: int = 0
+    resets: str = ""
+    mask: str = ""
+    metric: Metric = "std"
+    starvation: float = 0.1
+    high: float = 1.0
+    share: Share = "sample"
+
+    contract = "approximate"
+    requires = ("outline_blocks",)
+    after = ("hoist_invariants", "skip_blocks")
+
+    def validate(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise RecipeError(
+                f"select_tokens{{ratio={self.ratio}}}: expected a share above 0 and at most 1 (all tokens)"
+            )
+        for option, least in (("multiple", 1), ("first", 1), ("every", 0), ("last", 0)):
+            if getattr(self, option) < least:
+                raise RecipeError(f"select_tokens{{{option}={getattr(self, option)}}}: expected {least} or more")
+        if not 0 <= self.high <= 1:
+            raise RecipeError(f"select_tokens{{high={self.high}}}: expected a share from 0 to 1")
+        if not all(re.fullmatch(r"\d+|\d+(\.\d+)?%", word) for word in self.resets.split()):
+            raise RecipeError(
+                f"select_tokens{{resets={self.resets}}}: expected steps such as '12 22', or shares of the request such as "
+                "'40% 73%'"
+            )
+        if set(self.mask) - {"0", "1"}:
+            raise RecipeError(
+                f"select_tokens{{mask={self.mask}}}: expected a text of 1 (all tokens) and 0 (part of them), one a step"
+            )
+        if self.mask.startswith("0"):
+            raise RecipeError(f"select_tokens{{mask={self.mask}}}: the first step has nothing to keep and must be 1")
+
+    @classmethod
+    def neutral(cls) -> SelectTokens:
+        return cls(ratio=1.0)
+
+    @property
+    def schedule(self) -> Interval:
+        """The steps that compute all tokens."""
+        return Interval(self.every, self.first, self.last, self.mask, resets=self.resets)
+
+    def count(self, tokens: int) -> int:
+        """How many of ``tokens`` a partial step computes."""
+        least = min(self.multiple, tokens)
+        return tokens if self.ratio == 1 else max(int(tokens * self.ratio) // self.multiple * self.multiple, least)
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        before = [d.name for d in program.decisions if d.slots]
+        if before:
+            return Outcome(
+                program, 0, (f"{before[0]} keeps values of all tokens already: select tokens once, then cache",)
+            )
+        if self.mask and context.steps and len(self.mask) != context.steps:
+            raise RecipeError(
+                f"mask has {len(self.mask)} steps, the request has {context.steps}: give one digit a step"
+            )
+        if not self.mask and context.steps and context.steps - self.last <= self.first:
+            dense = f"the first {self.first}" + (f" and the last {self.last}" if self.last else "")
+            return Outcome(program, 0, (f"a request of {context.steps} steps has no other than {dense}: give fewer",))
+        selections = select_regions(program, self.region)
+        if any(s.kind != "run" for s in selections):
+            raise RecipeError(f"select_tokens{{region={self.region}}}: name a run of blocks, such as blocks or blocks.2:-2")
+        blocks = [b for s in selections for b in s.blocks]
+        try:
+            scoring = Scoring(self.metric, self.starvation, self.high, self.share)
+            work = Choosing(program, {b.id for b in blocks}, self.count, scoring)
+            return Outcome(work.program(self.schedule), len(work.blocks))
+        except Mixes as reason:
+            return Outcome(program, 0, (str(reason),))
+
+    @classmethod
+    def example_applies(cls) -> Program:
+        from ditopt.passes.outline_blocks import OutlineBlocks
+
+        return OutlineBlocks().run(example.tiny_dit(), Context()).program
+
+    @classmethod
+    def example_refuses(cls) -> Program:
+        once = cls().run(cls.example_applies(), Context())
+        return once.program.replace(applied=())

@@ -1,0 +1,41 @@
+"""The Triton kernel of block-sparse attention, compiled for GPUs that are not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.codegen.triton_aot import SHARED, TARGETS
+
+ROOT = Path(__file__).parents[2]
+UNITS = {"sm80": "mma.sync", "sm90": "wgmma", "sm100": "tcgen05", "gfx942": "v_mfma"}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    command = [sys.executable, "-m", "tests.codegen.compile_sparse"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_is_spilled_and_shared_memory_suffices(rows, target):
+    mine = [r for r in rows if r["target"] == target]
+    assert len(mine) == 5
+    assert [r for r in mine if r["spilled"]] == []
+    assert max(r["shared"] for r in mine) <= SHARED[target]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_halves_run_on_matrix_units(rows, target):
+    halves = [r for r in rows if r["target"] == target and r["type"] == "bf16"]
+    assert len(halves) == 3
+    assert all(UNITS[target] in r["units"] for r in halves), halves
