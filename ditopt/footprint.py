@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ditopt.codegen.lower import lower
 from ditopt.ir.program import Decision, Program, StateSlot
-from ditopt.runtime.policy import COMPUTE, needed, planned, schedule_of
+from ditopt.runtime.policy import COMPUTE, needed, schedule_of, walk
 
 
 def live_slots(program: Program, rows: Sequence[Mapping[str, str]] | None = None) -> list[StateSlot]:
@@ -22,19 +23,15 @@ def held_bytes(decisions: Sequence[Decision], slots: Sequence[StateSlot], steps:
     size = {s.name: s.type.nbytes for s in slots}
     if steps is None:
         return sum(size.values())
-    over = [_over_time(d, size, steps) for d in decisions]
+    inside = [replace(d, schedule=replace(d.schedule, low=0.0, high=0.0)) for d in decisions]
+    rules = {d.name: schedule_of(d, steps) for d in inside}
     scheduled = {slot for d in decisions for group in d.slots for slot in group}
-    others = sum(n for slot, n in size.items() if slot not in scheduled)
-    return others + max(map(sum, zip(*over, strict=True)), default=0)
-
-
-def _over_time(d: Decision, size: Mapping[str, int], steps: int) -> list[int]:
-    """The bytes of a decision's slots after each step."""
-    rule, kept, out = schedule_of(d, steps), 0, []
-    for step, choice in enumerate(planned(d, steps)):
-        if choice == COMPUTE:
-            kept = d.predictor.size
-        used = needed(d, rule, step)
-        kept = kept if used is None else min(kept, used)
-        out.append(sum(size.get(slot, 0) for group in d.slots for slot in group[:kept]))
-    return out
+    kept, most = dict.fromkeys(rules, 0), 0
+    for now, choices, _ in walk(inside, steps):
+        for d in inside:
+            used = needed(d, rules[d.name], now.step)
+            full = d.predictor.size if choices[d.name] == COMPUTE else kept[d.name]
+            kept[d.name] = full if used is None else min(full, used)
+        slots_now = (slot for d in inside for group in d.slots for slot in group[: kept[d.name]])
+        most = max(most, sum(size.get(slot, 0) for slot in slots_now))
+    return most + sum(n for slot, n in size.items() if slot not in scheduled)

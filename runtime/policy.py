@@ -248,7 +248,7 @@ def table(
                 f"timesteps of the {steps} steps"
             )
     rows = []
-    for now, choices, anchors in _walk(decisions, steps, times, graphs):
+    for now, choices, anchors in walk(decisions, steps, times, graphs):
         row = {
             d.name: coefficients(d, d.predictor, anchors[d.name], now, steps)
             if choices[d.name] == REUSE and d.slots
@@ -259,7 +259,7 @@ def table(
     return rows
 
 
-def _walk(
+def walk(
     decisions: Sequence[Decision],
     steps: int,
     times: Sequence[float] | None = None,
@@ -296,15 +296,8 @@ def distinct(decisions: Sequence[Decision], steps: int) -> list[Mapping[str, str
     look at the model's time, those inside of it."""
     inside = [replace(d, schedule=replace(d.schedule, low=0.0, high=0.0)) for d in decisions]
     kinds = (False, True) if any(d.guidance == "calls" for d in decisions) else (False,)
-    rows = Counter(tuple(row.items()) for leads in kinds for _, row, _ in _walk(inside, steps, leads=leads))
+    rows = Counter(tuple(row.items()) for leads in kinds for _, row, _ in walk(inside, steps, leads=leads))
     return [dict(row) for row, _ in rows.most_common()]
-
-
-def planned(decision: Decision, steps: int) -> list[str]:
-    """What ``decision`` alone chooses at each step of a branch that is called at every one; where it looks at the
-    model's time, as if all of them were inside."""
-    alone = replace(decision, schedule=replace(decision.schedule, low=0.0, high=0.0))
-    return [choices[decision.name] for _, choices, _ in _walk([alone], steps)]
 
 
 def needed(decision: Decision, rule: Schedule, step: int) -> int | None:

@@ -83,6 +83,7 @@ def test_guidance_of_double_and_single_blocks(name, sampler):
         agrees(TWO[name])
 
 
+@pytest.mark.filterwarnings("ignore:cache .* was never reused")  # where it is cancelled early
 @pytest.mark.parametrize("name", ["firstblock", "dbcache_taylor", "teacache", "easycache", "tdc"])
 def test_another_resolution_between_two_requests(name):
     """Each request is as in a model of its own, also after a cancelled one of the other size."""
