@@ -41,7 +41,7 @@ class Quantize(Pass):
 
     contract = "approximate"
     requires = ("outline_blocks",)
-    after = ("hoist_invariants", "cache")
+    after = ("hoist_invariants", "skip_blocks", "select_tokens", "cache", "cache_guidance")
 
     def validate(self) -> None:
         for option, least in (("group", 0), ("rank", 1), ("rounds", 1)):

@@ -229,6 +229,18 @@ def _slice(s: Short, node: fx.Node) -> None:
     s.emit(node, found, node.target, s.twin(source), dim, low, high)
 
 
+def _scatter(s: Short, node: fx.Node) -> None:
+    """A write into a part of the channels; what is written into and what is written are both of tokens."""
+    into, what, *where = node.args
+    dim: Any = where[0] if where else node.kwargs.get("dim", 0)
+    rank = node.meta["val"].ndim
+    place = _agreed(s, node, node.all_input_nodes, rank)
+    if dim % rank == place.dim:
+        raise Mixes(f"{name(node)} writes into part of the tokens")
+    args = [_fitting(s, node, n, place, rank) for n in (into, what)]  # type: ignore[arg-type]
+    s.emit(node, place, node.target, *args, *where, **node.kwargs)
+
+
 def _part(s: Short, node: fx.Node, place: Place, first: int, last: int) -> tuple[Place | None, int, int]:
     """Positions ``first`` to ``last`` of a full value: the place of the tokens among them, and the range of them in the
     twin."""
@@ -362,7 +374,7 @@ _SAME = (
 )
 
 RULES: dict[Any, Callable[[Short, fx.Node], None]] = {
-    **dict.fromkeys(_SAME, _pointwise),
+    **dict.fromkeys((*_SAME, aten.copy.default), _pointwise),
     aten.linear.default: _linear,
     **dict.fromkeys(
         (aten.mm.default, aten.bmm.default, aten.matmul.default, aten.addmm.default, aten.baddbmm.default), _matmul
@@ -400,6 +412,7 @@ RULES: dict[Any, Callable[[Short, fx.Node], None]] = {
     aten.unsqueeze.default: _unsqueeze,
     **dict.fromkeys((aten.select.int, aten.unbind.int), _pick),
     aten.slice.Tensor: _slice,
+    aten.slice_scatter.default: _scatter,
     **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default), _split),
     aten.cat.default: _cat,
     aten.stack.default: _stack,
