@@ -149,7 +149,9 @@ class Reorder:
                 for p in others:
                     if p not in ways:
                         ways[p] = follow(self._program, body, {p: source(p.meta["val"].shape)})
-                froms = [(p, ways[p][operand][axis]) for p in others if operand in ways[p] and ways[p][operand][axis].axes]
+                froms = [
+                    (p, ways[p][operand][axis]) for p in others if operand in ways[p] and ways[p][operand][axis].axes
+                ]
                 if not froms:
                     raise Refused(f"{node.target} combines tokens with positions whose origin the graph does not show")
                 for p, dim in froms:
@@ -180,10 +182,11 @@ class Reorder:
                 raise Refused(f"{what} multiplies the tokens with something else than weights")
             return []
         if node.target in _MOVES:
-            if node.target not in (operator.getitem,) and isinstance(node.meta["val"], torch.Tensor):
-                if node not in known:
-                    raise Refused(f"{what} takes some of the tokens out")
-                self._intact(known[node], what)
+            if isinstance(node.meta["val"], torch.Tensor):
+                if node in known:
+                    self._intact(known[node], what)
+                elif node.target not in (aten.slice.Tensor, operator.getitem):  # these took none of the tokens
+                    raise Refused(f"{what} hides the tokens")
             return []
         if not plain:
             raise Refused(f"{what} may mix tokens outside of attention")

@@ -115,7 +115,9 @@ def test_operands_that_do_not_fit(change, said):
 
 def draft_of(q, k, block, d):
     """The draft, with averages over what there is of each block."""
-    pooled = [torch.stack([x[..., i : i + block, :].mean(-2) for i in range(0, x.shape[-2], block)], -2) for x in (q, k)]
+    pooled = [
+        torch.stack([x[..., i : i + block, :].mean(-2) for i in range(0, x.shape[-2], block)], -2) for x in (q, k)
+    ]
     return torch.softmax(pooled[0] @ pooled[1].transpose(-1, -2) * d**-0.5, -1)
 
 

@@ -33,8 +33,9 @@ def sites(recipe):
 
 def masked(recipe, sees):
     """The model with what ``sees(query, key)`` (operands of one attention -> (batch, heads, N, N) truth) allows."""
-    from ditopt.ir.edit import inline
     from torch import fx
+
+    from ditopt.ir.edit import inline
 
     program, dense, inputs, out, plain = sites(recipe)
     sparse = [n for f in program.functions.values() for n in f.graph.nodes if n.target is block_sparse_attention]
@@ -137,7 +138,10 @@ def test_longest_bounds_the_lists_of_a_head():
 def test_another_recipe_fails():
     swapped = "sliding_tile{block=16,tile=4x4,window=3x3}"
     assert masked(swapped, draft(0.2, "row")) > 1e-3
-    assert masked("draft_attention{block=16,tile=4x4,density=0.2,selector=topk,region=blocks}", sliding_tile((3, 3))) > 1e-3
+    assert (
+        masked("draft_attention{block=16,tile=4x4,density=0.2,selector=topk,region=blocks}", sliding_tile((3, 3)))
+        > 1e-3
+    )
 
 
 def test_window_attention_sees_every_block_that_the_window_touches():
