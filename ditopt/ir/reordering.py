@@ -181,10 +181,11 @@ class Reorder:
                 raise Refused(f"{what} multiplies the tokens with something else than weights")
             return []
         if node.target in _MOVES:
-            if node.target not in (operator.getitem,) and isinstance(node.meta["val"], torch.Tensor):
-                if node not in known:
-                    raise Refused(f"{what} takes some of the tokens out")
-                self._intact(known[node], what)
+            if isinstance(node.meta["val"], torch.Tensor):
+                if node in known:
+                    self._intact(known[node], what)
+                elif node.target not in (aten.slice.Tensor, operator.getitem):  # these took none of the tokens
+                    raise Refused(f"{what} hides the tokens")
             return []
         if not plain:
             raise Refused(f"{what} may mix tokens outside of attention")

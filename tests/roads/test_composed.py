@@ -1,0 +1,96 @@
+"""All rewrites in one recipe on one model: block skipping, token selection, cache, integer products, sparse attention."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+import ditopt
+from ditopt import zoo
+from ditopt.pipeline import PassManager
+from tests.roads.tiny import example, sample, sd3
+
+STEPS, SIZE = 8, 16  # 64 tokens of the latent
+PARTS = [
+    "hoist_invariants",
+    "skip_blocks{region=blocks.1,since=0.5}",
+    "select_tokens{ratio=0.5,first=2}",
+    "cache{region=model,first=4,predictor=lagrange,order=1,time=timestep}",
+    "quantize",
+    "fuse_quantization",
+    "sparse_attention{block=16,density=0.5}",
+]
+
+
+def fast(parts: list[str] = PARTS, target: str = "eager") -> Any:
+    call = example(size=SIZE)
+    return ditopt.optimize(sd3(layers=4), ", ".join(parts), example_inputs=call, target=target, steps=STEPS)
+
+
+def request(model: Any, seed: int = 0) -> torch.Tensor:
+    return sample(model, seed, STEPS, size=SIZE)
+
+
+def test_every_rewrite_applies_and_every_decision_hits():
+    model = fast()
+    made = request(model)
+    assert all(h.applied for h in model.history), [str(h) for h in model.history]
+    assert {h.name for h in model.history} >= {p.partition("{")[0] for p in PARTS}
+    assert set(model.stats.hits) == {d.name for d in model.program.decisions}
+    assert len(model.program.decisions) == 3
+    assert model.stats.share_block_flops < 0.5
+    assert torch.equal(made, request(model)), "a second request"
+    assert not torch.equal(made, request(sd3(layers=4)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_the_recipe_does_not_matter(seed):
+    parts = PARTS[:]
+    random.Random(seed).shuffle(parts)
+    assert torch.equal(request(fast(parts)), request(fast()))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "inductor"])
+def test_targets_agree(target):
+    eager, other = fast(), fast(target=target)
+    for seed in (0, 1):
+        torch.testing.assert_close(request(other, seed), request(eager, seed), rtol=1e-2, atol=1e-3)
+    assert other.stats.hits == eager.stats.hits
+    assert other.stats.block_flops == eager.stats.block_flops
+
+
+def test_a_saved_file_does_the_same(tmp_path):
+    model = fast()
+    ditopt.save(model, tmp_path / "dit.ditopt")
+    loaded = ditopt.load(tmp_path / "dit.ditopt")
+    torch.testing.assert_close(request(loaded), request(model), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["digits", "scenes", "sprites"])
+def test_on_trained_models(name):
+    """Each rewrite finds its sites in the models that ship; what they cost there is for the benchmark."""
+    pipe = zoo.load(name)
+    prompts = zoo.package(name).prompts(2, 0)
+    parts = [p.replace("region=blocks.1,", "region=blocks.3,") for p in PARTS]
+    if name == "scenes":  # packed tokens do not show their grid
+        parts[-1] = "sparse_attention{block=16,density=0.5,grid=16x16}"
+    optimized = ditopt.optimize(pipe, ", ".join(parts), steps=STEPS, target="eager")
+    with torch.no_grad():
+        optimized(prompts, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0))
+    model = optimized.transformer
+    applied = {h.name: h.applied for h in model.history}
+    assert all(applied[p.partition("{")[0]] for p in PARTS), applied
+    assert all(model.stats.hits[d.name] for d in model.program.decisions)
+    ditopt.restore(optimized)
+
+
+def test_caches_of_blocks_do_not_go_with_chosen_tokens():
+    from ditopt.passes.outline_blocks import OutlineBlocks
+
+    program = PassManager("outline_blocks").run(OutlineBlocks.example_applies())[-1].program
+    last = PassManager("select_tokens, cache{region=blocks}").run(program)[-1]
+    assert not last.applied
+    assert "runs on part of its tokens" in last.refused[0]
