@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import ditopt
-from ditopt.errors import BadInput, DitoptWarning, RecipeError, SessionError
+from ditopt.errors import BadInput, RecipeError, SessionError
+from ditopt.passes.cache import Cache
+from ditopt.pipeline import PassManager
 from tests.roads.tiny import example, noise, prompt, sample, sd3, small, times
 
 STEPS = 6
@@ -154,8 +156,10 @@ def test_bad_input(recipe, error, said):
 
 
 def test_cached_blocks_are_not_skipped():
-    with pytest.warns(DitoptWarning, match=r"blocks.1 is decided by an earlier pass; skip blocks before caching"):
-        run(small(), "lossless, cache{region=blocks.1:}, skip_blocks{region=blocks.1}")
+    """Asked for together, blocks are skipped first; a program that holds a cache already is refused."""
+    cached = PassManager("cache{region=blocks.1:}").run(Cache.example_applies())[-1].program
+    last = PassManager("skip_blocks{region=blocks.1}").run(cached)[-1]
+    assert last.refused == ("blocks.1 is decided by an earlier pass; skip blocks before caching",)
 
 
 def test_a_request_of_another_length_than_the_mask():

@@ -1,4 +1,4 @@
-"""sparse_attention and reorder_tokens on real classes: self, joint and cross attention, and what no program may hold."""
+"""sparse_attention and reorder_tokens on real classes: self, joint and cross attention; what no program may hold."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def pixart():
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=16,
         patch_size=1, cross_attention_dim=32, caption_channels=32,
     )  # fmt: skip
-    given = {"encoder_hidden_states": torch.randn(1, 40, 32), "timestep": torch.tensor([3])}
-    given |= {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    size = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    given = {"encoder_hidden_states": torch.randn(1, 40, 32), "timestep": torch.tensor([3]), **size}
     return noisy(model), {"hidden_states": torch.randn(1, 4, 16, 16), **given}, ""
 
 
