@@ -34,13 +34,13 @@ def lines(module: str, **environment: str) -> list[Any]:
 
 
 def test_interpreted_it_computes_what_the_reference_does():
-    found: dict[str, float] = dict(lines("interpreted", TRITON_INTERPRET="1"))
+    found: dict[str, float] = dict(lines("interpret_int8", TRITON_INTERPRET="1"))
     assert len(found) >= 10
     assert {name: far for name, far in found.items() if far > FAR.get(name, 1e-6)} == {}
 
 
 def test_it_compiles_for_every_gpu_without_spills():
-    found: dict[str, Any] = {name: rest for name, *rest in lines("ahead")}
+    found: dict[str, Any] = {name: rest for name, *rest in lines("compile_int8")}
     assert {name.split(",")[0] for name in found} == {"sm80", "sm90", "sm100", "gfx942"}
     assert len(found) == 8
     for name, (spilled, shared, instruction) in found.items():

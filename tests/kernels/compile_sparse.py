@@ -1,4 +1,4 @@
-"""Run by test_triton_aot_sparse.py without TRITON_INTERPRET: a line of JSON for each configuration and target."""
+"""Run by test_block_sparse_attention.py without TRITON_INTERPRET: a line of JSON for each configuration and target."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 import torch
 
 from ditopt.codegen.triton.block_sparse_attention import _width, block_sparse_attention_kernel, pieces, warps
-from tests.codegen.triton_aot import TARGETS, compile_for
+from tests.kernels.triton_aot import TARGETS, compile_for
 
 WORDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -37,7 +37,7 @@ if __name__ == "__main__":
         constants |= pieces(d, d, block, block, WORDS[word])
         for target in TARGETS:
             options = warps(d, d, WORDS[word])
-            use = compile_for(target, block_sparse_attention_kernel, types(word), constants, **options)
+            use = compile_for(target, block_sparse_attention_kernel, types(word), constants, (), **options)
             row = {"type": word, "d": d, "target": target, "registers": use.registers, "spilled": use.spilled}
             units = [w for w in ("wgmma", "tcgen05", "mma.sync", "v_mfma") if w in use.text]
             print(json.dumps({**row, "shared": use.shared, "units": units}), flush=True)

@@ -1,4 +1,4 @@
-"""Run by test_triton_sparse.py with TRITON_INTERPRET=1."""
+"""Run by test_block_sparse_attention.py with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 

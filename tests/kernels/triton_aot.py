@@ -1,6 +1,6 @@
 """Compile Triton kernels for GPUs that are not there, and read what the compiler says about them.
 
-Must run in a process without TRITON_INTERPRET. ``python -m tests.codegen.triton_aot`` prints a table.
+Must run in a process without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,23 @@ class Usage:
 
 
 def compile_for(
-    target: str, kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], **options: Any
+    target: str,
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    even: Collection[str] = (),
+    **options: Any,
 ) -> Usage:
-    """``kernel`` compiled for ``target``. ``types``: Triton's word for each argument that is no constant."""
+    """``kernel`` compiled for ``target``. ``types``: Triton's word for each argument that is no constant. Pointers, and
+    the numbers ``even``, are multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     places = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
-    pointers = [i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")]
-    source = ASTSource(kernel, signature, places, {(i,): [["tt.divisibility", 16]] for i in pointers})
+    aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*") or n in even]
+    source = ASTSource(kernel, signature, places, {(i,): [["tt.divisibility", 16]] for i in aligned})
     if target.startswith("sm"):
         made = triton.compile(source, target=GPUTarget("cuda", int(target[2:]), 32), options=options)
         return _nvidia(made, Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")

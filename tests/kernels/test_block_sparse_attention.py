@@ -1,4 +1,7 @@
-"""The Triton kernel of block-sparse attention, compiled for GPUs that are not there."""
+"""The Triton kernel of block-sparse attention without a GPU: interpreted against the eager reference, and compiled.
+
+Triton decides when it is imported whether it interprets, so each is a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.codegen.triton_aot import SHARED, TARGETS
+from tests.kernels.triton_aot import SHARED, TARGETS
 
 ROOT = Path(__file__).parents[2]
 UNITS = {"sm80": "mma.sync", "sm90": "wgmma", "sm100": "tcgen05", "gfx942": "v_mfma"}
+
+
+def test_interpreted_it_agrees_with_the_reference():
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.kernels.interpret_sparse"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "compared 12 cases" in done.stdout
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    command = [sys.executable, "-m", "tests.codegen.compile_sparse"]
+    command = [sys.executable, "-m", "tests.kernels.compile_sparse"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
