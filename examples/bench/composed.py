@@ -34,7 +34,7 @@ RECIPES = {
     "balanced": "balanced",
     "balanced{first=2}": "balanced{first=2}",
     "aggressive": "aggressive",
-    "aggressive{interval=4}": "aggressive{interval=4}",
+    "aggressive{interval=3}": "aggressive{interval=3}",
     "tokens and w8a8": f"{EXACT}, select_tokens{{ratio=0.75,first=6,every=2}}, {INTEGER}",
     "all five": FIVE,
 }

@@ -27,7 +27,12 @@ TEXTS = [
     "cache{region=model,every=2,predictor=newton,order=2}",
     "cache{region=blocks.0:2,mask=1000000011111111}, cache{region=blocks.3:5,mask=1111111110000000}",
     "cache{region=blocks.*.mlp,mask=1100000011111111,predictor=newton,order=1}",
-    *(GIVEN.get(n, n) for n, r in sorted(available().items()) if not r.calibration and "cache{" in r.passes),
+    *(
+        GIVEN.get(n, n)
+        for n, r in sorted(available().items())
+        # what recipes about guidance hold depends on how the sampler calls the model
+        if not r.calibration and "cache{" in r.passes and "cache_guidance" not in r.passes
+    ),
 ]
 
 
@@ -49,8 +54,10 @@ def test_predicted_bytes_are_held(recipe):
             held.append(fast.engine.session.state_bytes)
             return out
 
-        with fast.session(steps=STEPS), warnings.catch_warnings():
+        with warnings.catch_warnings():
+            # a window in another unit of time leaves its decision without a hit
             warnings.simplefilter("ignore")
-            request(call)
+            with fast.session(steps=STEPS):
+                request(call)
         assert max(held) > 0
         assert shown(recipe) == pytest.approx(max(held), rel=0.05)
