@@ -43,12 +43,17 @@ class Quantized:
     after: int = 0
 
 
+Known = dict[tuple[fx.Node, bool], list[fx.Node]]
+"""A weight, and whether it is turned -> what is kept of it."""
+
+
 def quantized(program: Program, scheme: QuantScheme, keep: Collection[str], origin: str) -> Quantized:
     """``program`` with the layers that ``scheme`` is for quantized, except in the regions ``keep``."""
     out = Quantized(program)
     binding = bind(program)
     derived = Derived(program, "weights", origin)
     bodies: dict[str, Function] = {}
+    known: Known = {}
     with Editor(program.step, origin) as e:
         reads = Reads(e)
         for name, calls in _alike(program, keep):
@@ -59,15 +64,15 @@ def quantized(program: Program, scheme: QuantScheme, keep: Collection[str], orig
                 continue
             made = _Body(body, name, scheme, found, origin)
             for call in calls:
-                parts = made.derive(derived, call)
+                parts = made.derive(derived, call, known)
                 out.layers += len(found)
                 out.flops += sum(flops(x.node) for x in found)
-                out.before += sum(w.meta["val"].nbytes for w in made.weights)
-                out.after += sum(p.meta["val"].nbytes for group in parts for p in group)
                 actuals = [reads.of(derived.keep(p), p.meta["val"]) for group in parts for p in group]
                 made.recall(e, e[call], parts, actuals)
             bodies[name] = made.function()
         e.drop_dead()
+    out.before = sum(weight.meta["val"].nbytes for weight, _ in known)
+    out.after = sum(p.meta["val"].nbytes for parts in known.values() for p in parts)
     if not out.layers:
         return out
     changed = program.replace(functions={**program.functions, **bodies, program.entry: e.function()})
@@ -156,12 +161,17 @@ class _Body:
         self._formals: list[list[fx.Node]] = []
         self._left: list[int] = []
 
-    def derive(self, derived: Derived, call: fx.Node) -> list[list[fx.Node]]:
-        """For each weight what the loop reads of it, as nodes of the memo."""
+    def derive(self, derived: Derived, call: fx.Node, known: Known) -> list[list[fx.Node]]:
+        """For each weight what the loop reads of it, as nodes of the memo. A weight that is ``known`` (a block may run
+        on all tokens and on part of them) is quantized once."""
         actual = dict(zip(self.body.placeholders, call_args(call), strict=True))
-        return [
-            self._parts(derived, derived.read(w, actual), t) for w, t in zip(self.weights, self._turned, strict=True)
-        ]
+        out = []
+        for weight, turned in zip(self.weights, self._turned, strict=True):
+            key = derived.read(weight, actual), turned
+            if key not in known:
+                known[key] = self._parts(derived, *key)
+            out.append(known[key])
+        return out
 
     def _parts(self, derived: Derived, weight: fx.Node, turned: bool) -> list[fx.Node]:
         e, scheme = derived.e, self.scheme

@@ -50,6 +50,14 @@ def test_every_rewrite_applies_and_every_decision_hits():
     assert not torch.equal(made, request(sd3(layers=4)))
 
 
+def test_a_weight_of_full_and_of_partial_steps_is_quantized_once():
+    notes = []
+    for parts in (["quantize"], ["select_tokens{ratio=0.5,first=2}", "quantize"]):
+        notes.append(next(h.notes for h in fast(parts).history if h.name == "quantize"))
+    assert "shrink from" in notes[0][0]
+    assert notes[0] == notes[1]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_order_of_the_recipe_does_not_matter(seed):
     parts = PARTS[:]
