@@ -7,6 +7,7 @@ body go on sharing it.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import operator
 from collections import Counter
@@ -75,7 +76,10 @@ def quantized(program: Program, scheme: QuantScheme, keep: Collection[str], orig
     out.after = sum(p.meta["val"].nbytes for parts in known.values() for p in parts)
     if not out.layers:
         return out
-    changed = program.replace(functions={**program.functions, **bodies, program.entry: e.function()})
+    step = e.function()
+    called = {str(n.meta["region"]): callee(n) for n in step.graph.nodes if is_call(n)}
+    regions = tuple(dataclasses.replace(r, function=called[r.id]) if r.id in called else r for r in program.regions)
+    changed = program.replace(functions={**program.functions, **bodies, program.entry: step}, regions=regions)
     out.program = prune(derived.added(changed))
     return out
 
