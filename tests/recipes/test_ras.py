@@ -224,8 +224,8 @@ def test_under_a_forecast():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("ras{ratio=0}", r"ratio=0.*expected a share above 0 and at most 1"),
-        ("ras{ratio=1.5}", "expected a share above 0 and at most 1"),
+        ("ras{ratio=0}", r"expected at least 0\.01, got 0"),
+        ("ras{ratio=1.5}", "expected at most 1, got 1.5"),
         ("ras{start=0}", "expected at least 1"),
         ("ras{resets=a}", "expected steps such as '12 22', or shares of the request"),
         ("select_tokens{mask=01}", "the first step has nothing to keep"),
