@@ -19,7 +19,7 @@ from ditopt.artifact import Executable, Plan
 from ditopt.calibration.tape import Tape
 from ditopt.capture import Captured
 from ditopt.codegen.build import describe, eager
-from ditopt.codegen.lower import Lowered, lower
+from ditopt.codegen.lower import Lowered, Lowering
 from ditopt.engine import Compiled, Engine, describe_for, latent_of
 from ditopt.errors import BadInput, DitoptWarning, RecipeError
 from ditopt.fitted import UNKNOWN, model_text
@@ -85,7 +85,9 @@ class Recorder(Engine):
             if result.refused:
                 warnings.warn(f"recording {result.text}: {'; '.join(result.refused)}", DitoptWarning, stacklevel=2)
             history.append(result)
-        full = lower(_measured(history[-1].program) if MODULATED in chosen else history[-1].program)[0]
+        program = _measured(history[-1].program) if MODULATED in chosen else history[-1].program
+        # all slots count, whichever graphs a target would be given
+        full = Lowering(program, None).variant({d.name: "compute" for d in program.decisions})
         values, names = _values(history, full, chosen)
         results = full.graph.results - (MODULATED in chosen)  # the model's own
         work.names = names

@@ -127,5 +127,5 @@ class Trials:
 def _quiet() -> Iterator[None]:
     """A trial may well reuse nothing; that is for the search to see, not for the user to be warned of."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "cache .* was never reused", DitoptWarning)
+        warnings.filterwarnings("ignore", ".* was never reused", DitoptWarning)
         yield
