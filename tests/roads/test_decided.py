@@ -3,6 +3,7 @@ outputs within rounding, and words that say what was decided and by what."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import json
@@ -61,7 +62,7 @@ class Ran:
                 warnings.simplefilter("error", DitoptWarning)
                 self.out.append(sample(fast, seed, STEPS))
             self.graphs.append([r.graph for r in session.schedule_rows])
-        self.stats, self.session = stats, session
+        self.stats, self.session = copy.deepcopy(stats), session  # other tests may run the same model on
 
 
 @pytest.fixture(scope="module")
