@@ -50,6 +50,11 @@ class Context:
     guidance: Callable[[], Guidance] = lambda: Guidance()
     report: Callable[[str], None] = lambda line: None
 
+    def check_mask(self, mask: str) -> None:
+        """RecipeError where ``mask`` (one digit a step, or "") is not as long as the request."""
+        if mask and self.steps and len(mask) != self.steps:
+            raise RecipeError(f"mask has {len(mask)} steps, the request has {self.steps}: give one digit a step")
+
 
 @dataclass(frozen=True)
 class Outcome:

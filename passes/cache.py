@@ -137,10 +137,7 @@ class Cache(Pass):
         return Interval(every, self.first, self.last, self.mask, self.since, self.until, self.low, self.high)
 
     def run(self, program: Program, context: Context) -> Outcome:
-        if self.mask and context.steps and len(self.mask) != context.steps:
-            raise RecipeError(
-                f"mask has {len(self.mask)} steps, the request has {context.steps}: give one digit a step"
-            )
+        context.check_mask(self.mask)
         timed = self.time == "timestep" and self.predictor != "hold"
         if (timed or self.schedule.timed) and not any(i.role == "timestep" for i in program.inputs):
             said = "measure distance in; cache{time=step} counts steps" if timed else "compare low and high with"

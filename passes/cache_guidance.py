@@ -101,10 +101,7 @@ class CacheGuidance(Pass):
         return cls(every=1)
 
     def run(self, program: Program, context: Context) -> Outcome:
-        if self.mask and context.steps and len(self.mask) != context.steps:
-            raise RecipeError(
-                f"mask has {len(self.mask)} steps, the request has {context.steps}: give one digit a step"
-            )
+        context.check_mask(self.mask)
         if any(d.guidance for d in program.decisions):
             return Outcome(program, 0, ("guidance is cached already by an earlier pass",))
         asks = self.form != "calls" and "auto" in (self.form, self.unconditional)

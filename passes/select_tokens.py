@@ -94,10 +94,7 @@ class SelectTokens(Pass):
             return Outcome(
                 program, 0, (f"{before[0]} keeps values of all tokens already: select tokens once, then cache",)
             )
-        if self.mask and context.steps and len(self.mask) != context.steps:
-            raise RecipeError(
-                f"mask has {len(self.mask)} steps, the request has {context.steps}: give one digit a step"
-            )
+        context.check_mask(self.mask)
         if not self.mask and context.steps and context.steps - self.last <= self.first:
             dense = f"the first {self.first}" + (f" and the last {self.last}" if self.last else "")
             return Outcome(program, 0, (f"a request of {context.steps} steps has no other than {dense}: give fewer",))

@@ -60,10 +60,7 @@ class SkipBlocks(Pass):
     def run(self, program: Program, context: Context) -> Outcome:
         if self.since == self.until:
             return Outcome(program, 0, (f"since and until are {self.until:g}: no step leaves anything out",))
-        if self.mask and context.steps and len(self.mask) != context.steps:
-            raise RecipeError(
-                f"mask has {len(self.mask)} steps, the request has {context.steps}: give one digit a step"
-            )
+        context.check_mask(self.mask)
         selections = select_regions(program, self.region)
         if any(s.kind == "model" for s in selections):
             raise RecipeError("region 'model' would leave nothing to run; name blocks, as in 'blocks.40%:60%'")
