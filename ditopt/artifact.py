@@ -173,7 +173,11 @@ def _graph(d: dict[str, Any]) -> StepGraph:
 def _rule(d: dict[str, Any]) -> Rule:
     lists = {k: tuple(d[k]) for k in ("polynomial", "domain", "slots")}
     book = tuple((float(bound), float(steps)) for bound, steps in d["book"])
-    return Rule(**{**d, **lists, "book": book, "predictor": Predictor(**d["predictor"])})
+    return Rule(**{**d, **lists, "book": book, "predictor": _predictor(d["predictor"])})
+
+
+def _predictor(d: dict[str, Any]) -> Predictor:
+    return Predictor(**{**d, "fitted": tuple(tuple(float(c) for c in row) for row in d["fitted"])})
 
 
 def _manifest(d: dict[str, Any]) -> Manifest:
@@ -182,7 +186,7 @@ def _manifest(d: dict[str, Any]) -> Manifest:
             name=x["name"],
             regions=tuple(x["regions"]),
             schedule=Interval(**x["schedule"]),
-            predictor=Predictor(**x["predictor"]),
+            predictor=_predictor(x["predictor"]),
             slots=tuple(tuple(s) for s in x["slots"]),
             weights=x["weights"],
             rule=None if x["rule"] is None else _rule(x["rule"]),

@@ -142,6 +142,8 @@ def decision_text(d: Decision) -> list[str]:
     told = "reused as it was" if p.basis == "hold" else f"predicted by {p.basis}{order}"
     if p.basis != "hold" and p.time == "timestep":
         told += " along the timestep"
+    if p.fitted:
+        told += ", with coefficients fitted for each step"
     if d.row:
         told += f", corrected by a table of {_number(d.rows, 'step')}"
     where = d.regions[0]

@@ -24,7 +24,7 @@ from typing import Literal
 from ditopt.errors import RecipeError
 from ditopt.ir import example
 from ditopt.ir.caching import Caching, Keeping
-from ditopt.ir.program import Basis, Decision, Interval, Predictor, Program, Rule
+from ditopt.ir.program import Basis, Decision, Interval, Predictor, Program, Rows, Rule
 from ditopt.ir.reuse import Store
 from ditopt.ir.select import Selection, lacking, select_regions
 from ditopt.ir.signals import Signal
@@ -40,9 +40,10 @@ class Cache(Pass):
 
     ``region``: a selector (ir/select.py). ``each``: one decision for all of it, or one for every block of it.
     ``every``, ``first``, ``last``, ``mask``, ``since``, ``until``, ``low``, ``high``: the schedule (``Interval``).
-    ``predictor``, ``order``, ``time``: ``Predictor``. ``residual``: predict ``out - in`` instead of ``out``; "auto"
-    does so for runs of blocks. ``store``: keep values as they are, or in 8 bits. ``correction``: a file with tables
-    ``scale`` and ``shift`` (steps, channels), applied to predicted values.
+    ``predictor``, ``order``, ``time``: ``Predictor``. ``fitted``: coefficients of the newest computed values for each 0
+    of ``mask``, in order, as in "1.9 -0.9; 2.8 -1.8": they take the place of the predictor's own. ``residual``: predict
+    ``out - in`` instead of ``out``; "auto" does so for runs of blocks. ``store``: keep values as they are, or in 8
+    bits. ``correction``: a file with tables ``scale`` and ``shift`` (steps, channels), applied to predicted values.
 
     ``signal`` (ir/signals.py): decide on the steps that the schedule leaves open by a number; then ``every=0`` (the
     default there) forces none, and a ``mask`` allows reuse at its zeros. The rest is the ``Rule``: ``test``,
@@ -64,6 +65,7 @@ class Cache(Pass):
     predictor: Basis = "hold"
     order: int = 0
     time: Literal["step", "timestep"] = "step"
+    fitted: str = ""
     residual: Literal["auto", "yes", "no"] = "auto"
     store: Store = "full"
     correction: str = ""
@@ -102,6 +104,34 @@ class Cache(Pass):
         if self.mask.startswith("0"):
             raise RecipeError(f"cache{{mask={self.mask}}}: the first step has nothing to reuse and must be 1")
         self._validate_rule()
+        self._rows()
+
+    def _rows(self) -> Rows:
+        """``fitted``, for each step of the mask."""
+        if not self.fitted:
+            return ()
+        given = [_numbers(row, "fitted") for row in self.fitted.split(";")]
+        if not self.mask or self.signal != "none" or len(given) != self.mask.count("0"):
+            raise RecipeError(
+                f"cache{{fitted=...}} has {len(given)} rows, with semicolons between; expected a mask=, one row for "
+                "each 0 of it, and no signal="
+            )
+        if self.predictor not in _ORDERED:
+            raise RecipeError(
+                f"cache{{fitted=...,predictor={self.predictor}}}: expected a predictor that combines as many values as "
+                "its order says: taylor, newton, lagrange or hermite"
+            )
+        rows, made = iter(given), []
+        for step, digit in enumerate(self.mask):
+            row = () if digit == "1" else next(rows)
+            most = min(self.order + 1, self.mask.count("1", 0, step))
+            if digit == "0" and not 1 <= len(row) <= most:
+                raise RecipeError(
+                    f"cache{{fitted=...}}: the row of step {step} has {len(row)} numbers; expected 1 to {most}, one "
+                    "for each of the newest computed values, and no more than order + 1"
+                )
+            made.append(row)
+        return tuple(made)
 
     def _least(self, option: str, least: int) -> None:
         if getattr(self, option) < least:
@@ -182,7 +212,7 @@ class Cache(Pass):
         """What is kept, and how it is predicted."""
         order = self.order if self.predictor in _ORDERED else 0
         return Keeping(
-            Predictor(self.predictor, order, self.time),
+            Predictor(self.predictor, order, self.time, self._rows()),
             self.residual,
             self.store,
             Path(self.correction) if self.correction else None,

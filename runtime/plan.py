@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ditopt.artifact import Plan, StepGraph
 from ditopt.errors import DitoptWarning, SessionError
-from ditopt.ir.program import Interval, TensorType
+from ditopt.ir.program import Decision, Interval, Rows, TensorType
 from ditopt.runtime.memo import Memos
 from ditopt.runtime.policy import Schedule, fit, schedule, schedule_of
 
@@ -60,12 +60,16 @@ class Ready:
         for name, mask in masks.items():
             schedule(Interval(mask=mask), len(mask), name)
 
-    def reschedule(self, masks: Mapping[str, str]) -> None:
-        """Follow these masks, by decision, in place of the schedules that the model was compiled with."""
+    def reschedule(self, masks: Mapping[str, str], fitted: Mapping[str, Rows]) -> None:
+        """Follow these masks, by decision, in place of the schedules that the model was compiled with, and these
+        coefficients in place of its predictors' own (``Predictor.fitted``)."""
         self.check_masks(masks)
-        self.decisions = tuple(
-            replace(d, schedule=Interval(mask=masks[d.name])) if d.name in masks else d for d in self.manifest.decisions
-        )
+
+        def other(d: Decision) -> Decision:
+            predictor = replace(d.predictor, fitted=fitted.get(d.name, ()))
+            return replace(d, schedule=Interval(mask=masks[d.name]), predictor=predictor)
+
+        self.decisions = tuple(other(d) if d.name in masks else d for d in self.manifest.decisions)
         self._rules = {}
 
     def by_role(self, given: Mapping[str, Tensor], role: str) -> list[Tensor]:

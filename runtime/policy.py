@@ -176,6 +176,8 @@ def coefficients(
     """The weights of ``predictor`` (that of ``decision``, or of its rule) at ``now``; see predict.weights."""
     if not predictor.size:
         return []
+    if row := fitted_row(predictor, anchors, now.step):
+        return [*row, *[0.0] * (predictor.size - len(row))]
     used = list(anchors)
     if predictor.basis in ("taylor", "hermite") and not decision.schedule.mask and decision.rule is None:
         # TaylorSeer forms differences only from step first - 1 on: values older than first - 2 never enter one.
@@ -188,6 +190,14 @@ def coefficients(
     missing = float("nan")  # weights() refuses it in the decision's name
     times = [missing if a.time is None else a.time for a in used]
     return weights(predictor, times, missing if now.time is None else now.time, decision.name, progress, gram)
+
+
+def fitted_row(predictor: Predictor, anchors: Sequence[Anchor], step: int) -> tuple[float, ...]:
+    """The coefficients that were fitted for ``step``; () where there are none, or where the newest computed steps are
+    not those that they were fitted to."""
+    row = predictor.fitted[step] if step < len(predictor.fitted) else ()
+    planned = [s for s in range(step) if not predictor.fitted[s]][: -len(row) - 1 : -1] if row else []
+    return row if [a.step for a in anchors[: len(row)]] == planned else ()
 
 
 def fit(wanted: Mapping[str, str], graphs: Sequence[StepGraph]) -> StepGraph:

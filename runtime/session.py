@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ditopt.artifact import Plan, StepGraph
 from ditopt.errors import StaleWeights
-from ditopt.ir.program import Formal
+from ditopt.ir.program import Formal, Rows
 from ditopt.runtime.account import Ledger, Patience, Row, Stats
 from ditopt.runtime.ahead import clock_bits
 from ditopt.runtime.choice import Choice, Memory, choose_step, forecasts, still_used
@@ -78,6 +79,7 @@ class Session:
         self._patience = Patience()
         self._announced: Sequence[float] | Tensor | None = None
         self._masks: dict[str, str] = {}
+        self._fitted: dict[str, Rows] = {}
 
     @property
     def schedule_rows(self) -> list[Row]:
@@ -144,18 +146,19 @@ class Session:
             self._leads.pop(key, None)
             self._checked.discard(key)
 
-    def reschedule(self, masks: Mapping[str, str]) -> None:
+    def reschedule(self, masks: Mapping[str, str], fitted: Mapping[str, Rows] = MappingProxyType({})) -> None:
         """From the next request on, follow these masks (decision name -> one digit a step) in place of the schedules
-        that the model was compiled with; {} goes back to them. For searches: nothing is compiled again. A step for
-        which the model was not compiled computes more than its mask says (``Engine.rescheduled`` has all compiled).
+        that the model was compiled with; {} goes back to them. ``fitted``: coefficients to go with them, by decision
+        (``Predictor.fitted``). For searches: nothing is compiled again. A step for which the model was not compiled
+        computes more than its mask says (``Engine.rescheduled`` has all compiled).
 
         SessionError, and nothing changes, where there is no such decision or a mask is no text of 1 and 0."""
         for ready in self._plans.values():
             ready.check_masks(masks)
         self.close_request()
-        self._masks = dict(masks)
+        self._masks, self._fitted = dict(masks), dict(fitted)
         for ready in self._plans.values():
-            ready.reschedule(self._masks)
+            ready.reschedule(self._masks, self._fitted)
 
     def unwatch(self, names: Collection[str]) -> None:
         """These weights are gone for good; what was computed from them stays."""
@@ -212,7 +215,7 @@ class Session:
         found = self._plans.get(id(plan))  # the entry holds the plan, so its id is not another's
         if found is None:
             found = Ready(plan)
-            found.reschedule(self._masks)
+            found.reschedule(self._masks, self._fitted)
             self._plans[id(plan)] = found
         self._plans.move_to_end(id(plan))
         if len(self._plans) > 8:

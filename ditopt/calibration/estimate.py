@@ -18,6 +18,7 @@ import numpy as np
 
 from ditopt.calibration.mask import Floats, computed, numbers, text
 from ditopt.calibration.profile import Profile
+from ditopt.calibration.sampled import sampled
 from ditopt.calibration.search import spread
 from ditopt.errors import BadInput
 from ditopt.ir.program import Predictor
@@ -27,36 +28,13 @@ _TINY = 1e-300
 """Stands for an error of zero, whose logarithm is to be a number."""
 
 
-def leverage(profile: Profile) -> Floats:
-    """What a change of the model's output at each step is worth in the sample, up to one common factor: (T,).
-
-    From the recording itself: every step of a sampler is close to ``x[s+1] = a x[s] + b v[s]``, so that a change of
-    v[s] arrives as b[s] times all later a. Where outputs and latents differ in shape, the distance of timesteps.
-    """
-    (output,), (latent,) = profile.of("model").values(), profile.of("latent").values()
-    step = np.abs(np.diff(profile.times))
-    last = float(step[-1])
-    if profile.sigmas is not None and profile.sigmas[-2] > profile.sigmas[-1]:
-        last *= float(profile.sigmas[-1] / (profile.sigmas[-2] - profile.sigmas[-1]))  # the last step leads to 0
-    plain = np.append(step, last)
-    if output.shape != latent.shape:
-        return plain
-    carried, gained = np.ones(len(plain)), plain.copy()
-    for s in range(len(step)):
-        x, v, new = (np.asarray(a, dtype=np.float64).ravel() for a in (latent[:, s], output[:, s], latent[:, s + 1]))
-        (carried[s], gained[s]), *_ = np.linalg.lstsq(np.stack([x, v], 1), new, rcond=None)
-    gained[-1] = gained[-2] * plain[-1] / plain[-2]
-    behind = np.append(np.cumprod(carried[::-1])[::-1][1:], 1.0)
-    return np.abs(gained) * behind
-
-
 @dataclass
 class Estimate:
     """``estimate(mask)``: the error of forecasting the model's output where ``mask`` is 0, as ``trial.Worth.error`` up
     to one constant: mean over recordings of log10 of the mean square.
 
-    products: inner products of the outputs of the steps, (N, T, T). worth: ``leverage``. times: (T,). predictor: how
-    the output is forecast.
+    products: inner products of the outputs of the steps, (N, T, T). worth: as ``Sampled.worth``. times: (T,).
+    predictor: how the output is forecast.
     """
 
     products: Floats
@@ -69,14 +47,13 @@ class Estimate:
     @staticmethod
     def of(profile: Profile, predictor: Predictor) -> Estimate:
         """From a recording with the regions ``model`` and ``latent``."""
-        (values,) = list(profile.of("model").values())[:1]
-        outputs = numbers(values, "the model's outputs", 4)
-        flat = outputs.reshape(*outputs.shape[:2], -1)
+        numbers(next(iter(profile.of("model").values())), "the model's outputs", 4)
+        made = sampled(profile)
         if predictor.window or predictor.basis == "dmd":
             raise BadInput(f"predictor={predictor.basis} depends on what it predicted; its error cannot be estimated")
-        products = np.einsum("nsp,ntp->nst", flat, flat) / flat.shape[2]
+        products = np.einsum("nsp,ntp->nst", made.outputs, made.outputs) / made.outputs.shape[2]
         times = profile.times if predictor.time == "timestep" else np.arange(profile.steps, dtype=np.float64)
-        return Estimate(products, leverage(profile), times, predictor)
+        return Estimate(products, made.worth, times, predictor)
 
     @property
     def steps(self) -> int:
@@ -93,13 +70,26 @@ class Estimate:
     def combination(self, mask: str) -> Floats:
         """The coefficients c of the error at the end, in outputs of the plain run: (T,)."""
         total = np.zeros(self.steps)
+        for s, anchors in self._reused(mask):
+            total += self._term(s, anchors)
+        return total
+
+    def rows(self, mask: str) -> dict[int, tuple[list[int], Floats]]:
+        """For each step that ``mask`` reuses: the computed steps that are read, newest first, and coefficients."""
+        found = {}
+        for s, anchors in self._reused(mask):
+            term = self._term(s, anchors) / self.worth[s]
+            found[s] = (list(anchors), term[list(anchors)])
+        return found
+
+    def _reused(self, mask: str) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Each step that reuses, with the computed steps that it reads."""
         anchors: tuple[int, ...] = ()
         for s, digit in enumerate(mask):
             if digit == "1":
                 anchors = (s, *anchors)[: self.predictor.anchors]
             else:
-                total += self._term(s, anchors)
-        return total
+                yield s, anchors
 
     def _term(self, s: int, anchors: tuple[int, ...]) -> Floats:
         key = (s, *anchors)

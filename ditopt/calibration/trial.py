@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ditopt import api
 from ditopt.errors import BadInput, DitoptWarning
+from ditopt.ir.program import Rows
 from ditopt.measure import optimized
 from ditopt.optimized import OptimizedModule
 
@@ -102,11 +103,16 @@ class Trials:
         """Decision names and their regions."""
         return {d.name: d.regions for d in self.module.compiled.plan.manifest.decisions}
 
-    def __call__(self, masks: Mapping[str, str], best: Worth | None = None) -> Worth:
+    def __call__(
+        self,
+        masks: Mapping[str, str],
+        best: Worth | None = None,
+        fitted: Mapping[str, Rows] = MappingProxyType({}),
+    ) -> Worth:
         """What these masks (one digit a step, by decision) are worth. ``best``: given up, seed by seed, where it is
-        clearly worse than that."""
+        clearly worse than that. ``fitted``: coefficients that go with the masks."""
         module, stats = self.module, self.module.stats
-        module.engine.session.reschedule(masks)
+        module.engine.session.reschedule(masks, fitted)
         before = stats.block_flops, stats.full_block_flops
         each: list[float] = []
         with torch.no_grad(), _quiet():

@@ -142,6 +142,10 @@ class Interval:
 Basis = Literal["hold", "taylor", "newton", "lagrange", "hermite", "ab2", "ramp", "foca", "dmd", "bands"]
 
 
+Rows = tuple[tuple[float, ...], ...]
+"""Numbers for each step of a request."""
+
+
 @dataclass(frozen=True)
 class Predictor:
     """How a skipped value is predicted: as a linear combination of earlier ones (runtime/predict.py has the formulas).
@@ -151,11 +155,14 @@ class Predictor:
     (FoCa), "dmd" (dynamic mode decomposition), "bands" (FasterCache: low and high frequencies of the newest value, each
     with a coefficient), "none" (no earlier value is read: what stands in for the skipped value belongs to the step
     itself). ``order`` is that of the first five. ``time``: measure distance in "step" index or in "timestep".
+    ``fitted``: for each step of a mask, coefficients of the newest computed values, newest first; () where the step
+    computes. They take the place of the formula wherever the computed steps behind are those of the mask.
     """
 
     basis: Basis | Literal["none"] = "hold"
     order: int = 0
     time: Literal["step", "timestep"] = "step"
+    fitted: Rows = ()
 
     @property
     def anchors(self) -> int:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import ditopt
-from ditopt.calibration.estimate import Estimate, best_orders, grown, leverage, moved
+from ditopt.calibration.estimate import Estimate, best_orders, grown, moved
 from ditopt.calibration.profile import Profile
+from ditopt.calibration.sampled import sampled
 from ditopt.calibration.sources.searched import refined
 from ditopt.calibration.trial import Trials, Worth
 from ditopt.errors import BadInput
@@ -58,8 +59,8 @@ def every(count: int) -> list[str]:
     return ["".join("1" if s in (0, *on) else "0" for s in range(STEPS)) for on in rest]
 
 
-def test_leverage_is_what_a_change_of_an_output_does_to_the_sample():
-    found = leverage(profile())
+def test_worth_is_what_a_change_of_an_output_does_to_the_sample():
+    found = sampled(profile()).worth
     for s in range(STEPS):
         changed = OUTPUTS.copy()
         changed[:, s] += 1
@@ -120,8 +121,9 @@ class Loop(Trials):
     def decisions(self):
         return {"cache0": ("model",)}
 
-    def __call__(self, masks, best=None):
+    def __call__(self, masks, best=None, fitted=None):
         self.runs.append(masks["cache0"])
+        assert not fitted
         return Worth(error(masks["cache0"], 1), masks["cache0"].count("1") / STEPS, ())
 
 

@@ -46,10 +46,12 @@ def recipe(name, folder):
         "lag": f"{RUN}signal=change,threshold=0.6,predictor=foca}}",
         "correction": f"{RUN.replace('every=0', 'every=3')}correction={folder / 'tables.safetensors'}}}",
         "dmd": "lossless, cache{region=model,every=2,predictor=dmd}",
+        "fitted": "lossless, cache{region=model,mask=11010100,predictor=newton,order=1,"
+        "fitted='1.5 -0.5; 0.7; 1.9 -0.8; 2.5 -1.4'}",
     }[name]
 
 
-NAMES = ["probe", "two", "lag", "correction", "dmd"]
+NAMES = ["probe", "two", "lag", "correction", "dmd", "fitted"]
 
 
 class Ran:

@@ -10,7 +10,7 @@ import pytest
 from ditopt.artifact import StepGraph
 from ditopt.errors import DitoptWarning, SessionError
 from ditopt.ir.program import Decision, Interval, Predictor
-from ditopt.runtime.policy import Anchor, choose, fit, schedule, table
+from ditopt.runtime.policy import Anchor, choose, coefficients, fit, schedule, table
 from ditopt.runtime.predict import weights
 
 
@@ -228,3 +228,18 @@ def test_a_window_in_the_models_time():
     assert "".join(r.choices["cache"][0] for r in rows) == "cccrcrrrcc"
     with pytest.raises(SessionError, match="pass the timesteps of the 10 steps"):
         table([decision(interval=Interval(4, low=100.0, high=800.0))], 10)
+
+
+def test_fitted_coefficients_hold_for_the_steps_that_they_were_fitted_to():
+    rows = ((), (0.5,), (), (1.5, -0.25), (3.0,))
+    d = decision("cache0", Interval(mask="10100"), Predictor("lagrange", 1, "step", rows))
+    told = lambda computed, step: coefficients(d, d.predictor, [Anchor(s) for s in computed], Anchor(step))  # noqa: E731
+    assert told([0], 1) == [0.5, 0.0]
+    assert told([2, 0], 3) == [1.5, -0.25]
+    assert told([2, 0], 4) == [3.0, 0.0]
+    assert told([2], 3) == [1.0, 0.0]  # of a branch that was not called at step 0: the polynomial
+    assert told([2, 1], 3) == [2.0, -1.0]
+    assert told([1], 4) == [1.0, 0.0]
+    assert told([4, 2], 5) == [1.5, -0.5]  # beyond the mask
+    (row,) = [r.weights["cache0"] for r in table([d], 5) if r.step == 3]
+    assert list(row) == [1.5, -0.25]
