@@ -51,6 +51,7 @@ def recipe(name, folder):
     }[name]
 
 
+FITTED = [[0.0, 0.0], [0.0, 0.0], [1.5, -0.5], [0.0, 0.0], [0.7, 0.0], [0.0, 0.0], [1.9, -0.8], [2.5, -1.4]]
 NAMES = ["probe", "two", "lag", "correction", "dmd", "fitted"]
 
 
@@ -111,15 +112,19 @@ def test_files_for_onnxruntime(name, eager, folder):
     manifest = ditopt.export_onnx(small(), path, recipe(name, folder), example_inputs=example(), steps=STEPS)
     loaded = ditopt.load(path)
     same(Ran(loaded, loaded.session, loaded.stats), eager(name)[1])
-    assert ("schedule" in manifest.extra) == (name == "correction")
+    static = {
+        "correction": [{"cache0.row": [k]} for k in range(STEPS)],
+        "fitted": [{"cache0.weights": row} for row in FITTED],
+    }
+    assert ("schedule" in manifest.extra) == (name in static)
     # the driver without ditopt follows written schedules, and says so where there is none
     given = {k: v.numpy() for k, v in prompt(0).items()}
     sigmas = np.append(np.linspace(1, 1e-3, STEPS), 0)
-    if name != "correction":
+    if name not in static:
         with pytest.raises(ValueError, match=r"without a schedule: it decides .*; use ditopt\.load"):
             onnx_numpy.run(path.with_suffix(".json"), 0, sigmas, given)
         return
-    assert [row["weights"] for row in manifest.extra["schedule"]] == [{"cache0.row": [k]} for k in range(STEPS)]
+    assert [row["weights"] for row in manifest.extra["schedule"]] == static[name]
     got = onnx_numpy.run(path.with_suffix(".json"), 0, sigmas, given)
     fast, x = eager(name)[0], torch.from_numpy(np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32))
     with fast.session(steps=STEPS):
