@@ -3,7 +3,7 @@
 A linear layer between dequantized operands becomes ``ditopt::int8_linear``: integers times integers, with the scales,
 the bias, the activation, the gate and the residual sum in its epilogue. Quantization after a norm and its modulation
 becomes ``ditopt::norm_quantize``. Layers of which only the weight is quantized become ``ditopt::packed_linear``. Which
-backend runs these how is codegen's (codegen/claims.py).
+backend runs these how is codegen's (codegen/claims).
 
 Sums of integers are exact where those of dequantized numbers round, and the epilogue rounds once: the same values
 within rounding. ``fuse=none`` changes nothing.

@@ -19,6 +19,7 @@ from ditopt.errors import DitoptError
 from ditopt.ir import example
 from ditopt.ir.edit import Editor, replace_functions
 from ditopt.ir.program import Function, Program, is_call
+from ditopt.ops import gather_tokens, scatter_tokens
 from ditopt.pipeline import Context, Outcome, Pass
 
 aten = torch.ops.aten
@@ -210,6 +211,7 @@ _RULES: dict[Any, Callable[[_Real, fx.Node], fx.Node]] = {
     aten.imag.default: lambda self, node: self._parts(node, node.args[0])[1],  # type: ignore[arg-type]
     aten._conj.default: _Real.conjugated,
     aten.conj_physical.default: _Real.conjugated,
+    **dict.fromkeys((gather_tokens, scatter_tokens), lambda self, node: self._op(node, node.target, *node.args)),
 }
 
 _MOVES: Sequence[Any] = {  # type: ignore[assignment]

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, fx
 
 from ditopt.artifact import Manifest, StepGraph, read_manifest, to_json
+from ditopt.codegen.claims import translations
 from ditopt.codegen.onnx import bfloat16
-from ditopt.codegen.onnx.quantized import fused_attention, translations
+from ditopt.codegen.onnx.quantized import fused_attention
 from ditopt.codegen.onnx.repairs import (
     alike_factors,
     counted_repeats,

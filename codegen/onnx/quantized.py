@@ -6,23 +6,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ditopt.errors import require
-from ditopt.ops import int8_linear, packed_linear
-from ditopt.ops.quantize import EPS, OFFSET, quantize_unsigned
+from ditopt.ops.quantize import EPS, OFFSET
 
 DOMAIN = "com.microsoft"
 
 
-def translations(opset: int) -> dict[Any, Callable[..., Any]]:
-    """For torch.onnx: how each operator that codegen/claims.py leaves for onnxruntime is written."""
+def _written(opset: int) -> tuple[Any, Any, Callable[..., Any]]:
+    """The operators of an opset, the names of types, and a constant of such a type."""
     script = require("onnxscript", None)
-    op, kinds = getattr(script, f"opset{opset}"), script.ir.DataType
+    op = getattr(script, f"opset{opset}")
+    return op, script.ir.DataType, lambda value, kind: op.Constant(value=script.ir.tensor(value, dtype=kind))
+
+
+def linear(opset: int) -> Callable[..., Any]:
+    """``ditopt::int8_linear``, of unsigned values."""
+    op, kinds, constant = _written(opset)
     multiply = _contrib("MatMulIntegerToFloat", ("A:u", "B:s", "a_scale:f", "b_scale:f", "a_zero_point:u"))
-    unpack = _contrib("MatMulNBits", ("A:f", "B:u", "scales:f"), ("K", "N", "bits", "block_size", "accuracy_level"))
 
-    def constant(value: Any, kind: Any) -> Any:
-        return op.Constant(value=script.ir.tensor(value, dtype=kind))
-
-    def linear(
+    def written(
         values: Any,
         scale: Any,
         weight: Any,
@@ -42,7 +43,15 @@ def translations(opset: int) -> dict[Any, Callable[..., Any]]:
         y = op.Mul(gate, y) if gate is not None else y
         return op.Add(residual, y) if residual is not None else y
 
-    def packed(x: Any, values: Any, scale: Any, bias: Any = None) -> Any:
+    return written
+
+
+def packed(opset: int) -> Callable[..., Any]:
+    """``ditopt::packed_linear``, of 4 bits."""
+    op, kinds, constant = _written(opset)
+    unpack = _contrib("MatMulNBits", ("A:f", "B:u", "scales:f"), ("K", "N", "bits", "block_size", "accuracy_level"))
+
+    def written(x: Any, values: Any, scale: Any, bias: Any = None) -> Any:
         rows, half = (int(n) for n in values.shape)
         groups = int(scale.shape[1])
         blocks = op.Reshape(values, constant([rows, groups, half // groups], kinds.INT64))
@@ -50,14 +59,21 @@ def translations(opset: int) -> dict[Any, Callable[..., Any]]:
         y = unpack(x, blocks, scale, K=2 * half, N=rows, bits=4, block_size=size, accuracy_level=1)
         return op.Add(y, bias) if bias is not None else y
 
-    def unsigned(x: Any) -> Any:
+    return written
+
+
+def unsigned(opset: int) -> Callable[..., Any]:
+    """``ditopt::quantize_unsigned``."""
+    op, kinds, constant = _written(opset)
+
+    def written(x: Any) -> Any:
         last = constant([-1], kinds.INT64)
         most = op.Max(op.ReduceMax(x, last), op.Neg(op.ReduceMin(x, last)), constant(EPS, kinds.FLOAT))
         scale = op.Div(most, constant(127.0, kinds.FLOAT))
         zero = constant(OFFSET, kinds.UINT8)
         return op.QuantizeLinear(op.Div(x, scale), constant(1.0, kinds.FLOAT), zero), scale
 
-    return {int8_linear: linear, packed_linear: packed, quantize_unsigned: unsigned}
+    return written
 
 
 def fused_attention(model: Any) -> int:

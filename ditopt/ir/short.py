@@ -10,7 +10,8 @@ else would let tokens mix has no twin: ``Mixes`` says what it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import fx
 
 from ditopt.ir.edit import Editor
+from ditopt.ops import gather_tokens, scatter_tokens
 
 aten = torch.ops.aten
 
@@ -58,7 +60,7 @@ class Short:
     ``index``: the node of the positions. ``twins``: node -> (twin, place of the tokens in the node; None where it has
     none and yet depends on the choice). ``keep``: asked for what is kept of a value that attention reads, gives the
     node that holds it. ``formal``: where a placeholder can be handed over gathered, the placeholder for that.
-    ``merged``: what attention reads -> (all positions, the tokens among them with the chosen ones put in, place).
+    ``merged``: what attention reads -> (all positions with the chosen ones put in, place).
     ``here``: in front of which a twin is made.
     """
 
@@ -68,10 +70,9 @@ class Short:
     keep: Callable[[fx.Node, Place], fx.Node]
     formal: Callable[[fx.Node, Place, int], fx.Node | None] = lambda node, place, rank: None
     twins: dict[fx.Node, tuple[Any, Any]] = field(default_factory=dict)
-    merged: dict[fx.Node, tuple[fx.Node, fx.Node, Place]] = field(default_factory=dict)
+    merged: dict[fx.Node, tuple[fx.Node, Place]] = field(default_factory=dict)
     here: fx.Node | None = None
     _taken: dict[tuple[fx.Node, Place, int], fx.Node] = field(default_factory=dict)
-    _spread: dict[tuple[tuple[int, ...], tuple[int, ...]], fx.Node] = field(default_factory=dict)
 
     # -- gather and scatter --------------------------------------------------------------------------------------------
 
@@ -80,100 +81,44 @@ class Short:
         ``rank`` dimensions in which ``place`` is."""
         key = (node, place, rank)
         if key not in self._taken:
-            self._taken[key] = self.formal(node, place, rank) or self.gather(
-                node, place, rank, after(node, self.index, *self._spread.values())
-            )
+            self._taken[key] = self.formal(node, place, rank) or self.gather(node, place, rank, after(node, self.index))
         return self._taken[key]
 
     def gather(self, node: fx.Node, place: Place, rank: int, at: fx.Node) -> fx.Node:
         """Nodes before ``at`` that do so."""
-        e = self.e
-        shape = [1] * (rank - node.meta["val"].ndim) + [int(n) for n in node.meta["val"].shape]
+        missing = rank - node.meta["val"].ndim
         if self.set.rows == 1:
-            dim = place.dim - rank + node.meta["val"].ndim
-            return self._around(node, replace(place, dim=dim), at, lambda part: self._select(part, dim, at))
-        if place.batch < 0:
-            raise Mixes("samples and tokens lie in one dimension, so each sample cannot choose its own")
-        shape[place.batch] = self.set.rows
-        wide = self.move(aten.expand.default, node, shape, at=at)
-        ids = self._positions(place, shape)
-        return self._around(wide, place, at, lambda part: e.op(aten.gather.default, part, place.dim, ids, at=at))
+            place = replace(place, dim=place.dim - missing)
+        elif missing and self._batch(place) >= 0:
+            node = self.move(aten.reshape.default, node, [1] * missing + [int(n) for n in node.meta["val"].shape], at)
+        return self._moved(gather_tokens, [[node]], place, at)
 
     def put(self, kept: fx.Node, chosen: fx.Node, place: Place, at: fx.Node) -> fx.Node:
-        """``kept``, a value of all tokens and nothing else, with ``chosen`` in the place of the chosen ones; its
-        layout in memory stays."""
-        order = _layout(kept.meta["val"])
-        inside, e = permuted(place, order), self.e
-        if self.set.rows > 1 and place.batch < 0:
+        """``kept``, a value of all positions, with the twin ``chosen`` put into it; its layout in memory stays."""
+        return self._moved(scatter_tokens, [[kept], [chosen]], place, at)
+
+    def _moved(self, target: Any, values: list[list[fx.Node]], place: Place, at: fx.Node) -> fx.Node:
+        where = [place.dim], [self._batch(place)], [place.start]
+        made = self.e.op(target, *values, self.index, *where, self.set.tokens, at=at)
+        return self.e.op(operator.getitem, made, 0, at=at)
+
+    def _batch(self, place: Place) -> int:
+        if self.set.rows == 1:
+            return -1
+        if place.batch < 0:
             raise Mixes("samples and tokens lie in one dimension, so each sample cannot choose its own")
-        kept, chosen = (self.move(aten.permute.default, n, order, at=at) for n in (kept, chosen))
-        ids = self._positions(inside, [int(n) for n in kept.meta["val"].shape])
-        made = e.op(aten.scatter.src, kept, inside.dim, ids, chosen, at=at)
-        return self.move(aten.permute.default, made, [order.index(d) for d in range(len(order))], at=at)
+        return place.batch
 
     def move(self, target: Any, node: fx.Node, arg: list[int], at: fx.Node) -> fx.Node:
         """``target(node, arg)``, or ``node`` where that is no other: expand, reshape, permute."""
         shape = list(range(len(arg))) if target is aten.permute.default else list(node.meta["val"].shape)
         return node if arg == shape else self.e.op(target, node, arg, at=at)
 
-    def _select(self, node: fx.Node, dim: int, at: fx.Node) -> fx.Node:
-        flat = self._ids((self.set.count,), (self.set.count,))
-        return self.e.op(aten.index_select.default, node, dim, flat, at=at)
-
-    def _positions(self, place: Place, shape: Sequence[int]) -> fx.Node:
-        """The positions spread over all other dimensions of ``shape``."""
-        thin = [1] * len(shape)
-        thin[place.dim] = self.set.count
-        if place.batch >= 0:
-            thin[place.batch] = self.set.rows
-        wide = [*shape]
-        wide[place.dim] = self.set.count
-        return self._ids(tuple(thin), tuple(wide))
-
-    def _ids(self, thin: tuple[int, ...], wide: tuple[int, ...]) -> fx.Node:
-        if (thin, wide) not in self._spread:
-            at = after(self.index)
-            ids = self.move(aten.view.default, self.index, [*thin], at=at)
-            self._spread[thin, wide] = self.move(aten.expand.default, ids, [*wide], at=at)
-        return self._spread[thin, wide]
-
-    def _around(self, node: fx.Node, place: Place, at: fx.Node, change: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """``node`` with its tokens changed and what lies before and behind them as it is."""
-        first, parts = place.start, []
-        last = first + self.set.tokens
-        if first == 0 and last == place.size:
-            return change(node)
-        for a, b in ((0, first), (first, last), (last, place.size)):
-            if a < b:
-                part = self.e.op(aten.slice.Tensor, node, place.dim, a, b, at=at)
-                parts.append(change(part) if a == first else part)
-        return self.e.op(aten.cat.default, parts, place.dim, at=at)
-
-    def own(self, node: fx.Node, place: Place, at: fx.Node, short: bool = False) -> fx.Node:
-        """The tokens alone of a value (with ``short``: of a twin) that holds other positions too."""
-        if place.size == self.set.tokens:
-            return node
-        length = self.set.count if short else self.set.tokens
-        return self.e.op(aten.slice.Tensor, node, place.dim, place.start, place.start + length, at=at)
-
-    def whole(self, twin: fx.Node, tokens: fx.Node, place: Place, at: fx.Node) -> fx.Node:
-        """``tokens``, all of them, between the other positions of ``twin``."""
-        if place.size == self.set.tokens:
-            return tokens
-        a, b = place.start, place.start + self.set.count
-        ends = [(0, a), (b, self.set.short(place.size))]
-        before, behind = (
-            [self.e.op(aten.slice.Tensor, twin, place.dim, i, j, at=at)] if i < j else [] for i, j in ends
-        )
-        return self.e.op(aten.cat.default, [*before, tokens, *behind], place.dim, at=at)
-
     def merge(self, node: fx.Node, at: fx.Node) -> fx.Node:
         """What attention reads for ``node``, keys or values: those of the chosen tokens among the kept ones."""
         twin, place = self.twins[node]
         if node not in self.merged:
-            kept = self.keep(node, place)
-            tokens = self.put(kept, self.own(twin, place, at, short=True), place, at)
-            self.merged[node] = self.whole(twin, tokens, place, at), tokens, place
+            self.merged[node] = self.put(self.keep(node, place), twin, place, at), place
         return self.merged[node][0]
 
     # -- twins ---------------------------------------------------------------------------------------------------------
@@ -214,13 +159,40 @@ def after(*nodes: fx.Node) -> fx.Node:
     return at
 
 
+def together(e: Editor) -> None:
+    """Gather (and scatter) in one operator what is gathered by the same positions before the first of it is read."""
+    groups: dict[Any, list[fx.Node]] = {}
+    for node in list(e.graph.nodes):
+        read = {r for n in node.all_input_nodes for r in n.all_input_nodes if n.target is operator.getitem}
+        for key in [k for k, group in groups.items() if read.intersection(group)]:
+            _join(e, groups.pop(key), node)
+        if node.target in (gather_tokens, scatter_tokens):
+            *_, index, _, _, _, tokens = node.args
+            groups.setdefault((node.target, index, tokens), []).append(node)
+
+
+def _join(e: Editor, group: list[fx.Node], at: fx.Node) -> None:
+    """One operator before ``at`` in the place of those in ``group``."""
+    if len(group) == 1:
+        return
+    lists = [[x for part in parts for x in part] for parts in zip(*(_lists(n) for n in group), strict=True)]
+    *values, dims, batches, starts = lists
+    index, tokens = group[0].args[-5], group[0].args[-1]
+    made = e.op(group[0].target, *values, index, dims, batches, starts, tokens, at=at)
+    first = 0
+    for old in group:
+        for user in list(old.users):
+            user.replace_all_uses_with(e.op(operator.getitem, made, first + int(user.args[1]), at=at))  # type: ignore[arg-type]
+            e.graph.erase_node(user)
+        first += len(old.meta["val"])
+        e.graph.erase_node(old)
+
+
+def _lists(node: fx.Node) -> list[Any]:
+    *values, _, dims, batches, starts, _ = node.args
+    return [*values, dims, batches, starts]
+
+
 def permuted(place: Place, order: list[int]) -> Place:
     """The place after the dimensions were put in this order."""
     return replace(place, dim=order.index(place.dim), batch=order.index(place.batch) if place.batch >= 0 else -1)
-
-
-def _layout(value: Any) -> list[int]:
-    """The dimensions of a (fake) value, the outermost in memory first."""
-    if value.is_contiguous():
-        return list(range(value.ndim))
-    return sorted(range(value.ndim), key=lambda d: (-value.stride(d), d))

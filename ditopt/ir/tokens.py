@@ -38,7 +38,7 @@ from ditopt.ir.program import (
 )
 from ditopt.ir.reuse import Reuse, dense, dense_type
 from ditopt.ir.score import Scoring, score
-from ditopt.ir.short import Mixes, Place, Short, TokenSet, after
+from ditopt.ir.short import Mixes, Place, Short, TokenSet, after, together
 from ditopt.ir.short_rules import visit
 from ditopt.ir.span import Span
 from ditopt.ops import select
@@ -96,6 +96,7 @@ class Choosing:
         self.e.set_results(results)
         self.chooser.finish(self._output(), self._met)
         self.reuse.finish(self.before.step.state_out)
+        together(self.e)
         decision = Decision(self.name, tuple(self.blocks), schedule, Predictor(), tuple(self.reuse.groups), "")
         step = self.e.function()
         body = {str(n.meta["region"]): callee(n) for n in step.graph.nodes if is_call(n)}
@@ -153,12 +154,9 @@ class Choosing:
         value = dense(self.e, node, at)
         if place is None:
             return self.e.op(select, value, dense(self.e, twin, at), self.name, at=at)
-        own = dense(self.e, self.short.own(value, place, at), at)
-        slot = self.reuse.slots(own.meta["val"])[0][0]
-        put = self.short.put(slot, self.short.own(twin, place, at, short=True), place, at)
-        chosen = self.e.op(select, value, self.short.whole(twin, put, place, at), self.name, at=at)
-        moved = chosen if own is value else self.e.op(select, own, put, self.name, at=at)
-        self.reuse.update(slot, moved, "always")
+        slot = self.reuse.slots(value.meta["val"])[0][0]
+        chosen = self.e.op(select, value, self.short.put(slot, twin, place, at), self.name, at=at)
+        self.reuse.update(slot, chosen, "always")
         return chosen
 
     def _keep(self, node: fx.Node, place: Place) -> fx.Node:
@@ -247,10 +245,10 @@ class Choosing:
                 return e.placeholder(ref, Formal("formal", ref), value)
 
             def keep(node: fx.Node, place: Place) -> fx.Node:
-                value = _own_type(e, node.meta["val"], place, self.set)
                 ref = f"kept{len(kept)}"
                 kept[ref] = node
-                return new(ref, value)
+                with e.mode:
+                    return new(ref, dense_type(node.meta["val"]))
 
             def formal_(node: fx.Node, place: Place, rank: int) -> fx.Node | None:
                 if node.op != "placeholder":
@@ -272,20 +270,15 @@ class Choosing:
             for node in [n for n in body.graph.nodes if n.op == "call_function"]:
                 visit(s, e[node])
             places = tuple(s.place(e[r]) for r in body.results)
-            tokens = [m[1] for m in s.merged.values()]
-            e.set_results([*(s.twin(e[r]) for r in body.results), *tokens])
+            e.set_results([*(s.twin(e[r]) for r in body.results), *(m for m, _ in s.merged.values())])
             back = {e[n]: n for n in body.graph.nodes if n.op != "output"}
-            sites = [(back[n], m[2]) for n, m in s.merged.items()]
+            sites = [back[n] for n in s.merged]
             e.drop_dead()
+            together(e)
         part = e.function()
         self.functions[part.name] = part
         with clone_body(body, f"{name}_{self.name}{number}", "select_tokens") as e:
-            s = Short(e, self.set, e.results[0], keep)
-            more = []
-            for node, place in sites:
-                at = after(e[node])
-                more.append(dense(e, s.own(e[node], place, at), at))
-            e.set_results([*e.results, *more])
+            e.set_results([*e.results, *(dense(e, e[node], after(e[node])) for node in sites)])
         full = e.function()
         self.functions[full.name] = full
         values = tuple(r.meta["val"] for r in full.results[len(body.results) :])
@@ -293,12 +286,6 @@ class Choosing:
 
 
 _INDEX = "positions"
-
-
-def _own_type(e: Editor, value: Any, place: Place, set_: TokenSet) -> Any:
-    with e.mode:
-        own = value if place.size == set_.tokens else value.narrow(place.dim, place.start, set_.tokens)
-        return dense_type(own)
 
 
 def _taken_type(e: Editor, value: Any, place: Place, rank: int, set_: TokenSet) -> Any:

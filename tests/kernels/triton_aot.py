@@ -31,21 +31,21 @@ class Usage:
 def compile_for(
     target: str,
     kernel: Any,
-    types: Mapping[str, str],
+    types: Mapping[str, Any],
     constants: Mapping[str, Any],
     even: Collection[str] = (),
     **options: Any,
 ) -> Usage:
-    """``kernel`` compiled for ``target``. ``types``: Triton's word for each argument that is no constant. Pointers, and
-    the numbers ``even``, are multiples of 16."""
+    """``kernel`` compiled for ``target``. ``types``: Triton's word for each argument that is no constant, or a tuple of
+    words. Pointers, and the numbers ``even``, are multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     places = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
-    aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*") or n in even]
-    source = ASTSource(kernel, signature, places, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    aligned = [at for i, n in enumerate(kernel.arg_names) for at in _aligned(signature[n], (i,), n in even)]
+    source = ASTSource(kernel, signature, places, {at: [["tt.divisibility", 16]] for at in aligned})
     if target.startswith("sm"):
         made = triton.compile(source, target=GPUTarget("cuda", int(target[2:]), 32), options=options)
         return _nvidia(made, Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
@@ -56,6 +56,13 @@ def compile_for(
     # scalar registers that do not fit go to lanes of a vector register, not to memory
     spilled = found["vgpr_spill_count"] + found["private_segment_fixed_size"]
     return Usage(found["vgpr_count"], spilled, int(made.metadata.shared), text)
+
+
+def _aligned(word: Any, at: tuple[int, ...], even: bool) -> list[tuple[int, ...]]:
+    """Where in an argument multiples of 16 are."""
+    if isinstance(word, tuple):
+        return [found for i, w in enumerate(word) for found in _aligned(w, (*at, i), even)]
+    return [at] if even or word.startswith("*") else []
 
 
 def _nvidia(made: Any, tool: Path) -> Usage:

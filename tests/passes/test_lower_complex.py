@@ -1,5 +1,7 @@
 """A pair of real numbers is laid out in memory as the complex value it stands for: later views were captured on it."""
 
+import operator
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -7,6 +9,8 @@ from torch.testing import assert_close
 from ditopt.ir.example import Builder
 from ditopt.ir.interpret import random_inputs, run_program
 from ditopt.ir.program import Program
+from ditopt.ops import gather_tokens, scatter_tokens
+from ditopt.passes.lower_complex import _is_complex
 from ditopt.pipeline import Context, PassManager
 
 aten = torch.ops.aten
@@ -36,3 +40,25 @@ def test_a_view_still_reads_what_it_read_when_it_was_captured(conjugate):
     views = [n for n in result.program.step.graph.nodes if n.target is aten.view.default]
     assert views
     assert all(n.args[0].meta["val"].view(n.args[1]).shape == n.meta["val"].shape for n in views)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_chosen_tokens_of_a_complex_table(samples):
+    """Rotary tables are gathered, and turned keys put back, as pairs; a real value beside them stays what it is."""
+    b = Builder()
+    x, angle = b.input("hidden_states", "latent", samples, 6, 8), b.input("angle", "shape", 1, 6, 4)
+    index = b.input("index", "latent", samples, 3, dtype=torch.int64)
+    turn = b(aten.polar.default, b(aten.ones_like.default, angle), angle)
+    where = index, [1, 1], [0, 0] if samples > 1 else [-1, -1], [0, 0], 6
+    short = b(gather_tokens, [turn, x], *where)
+    table, own = (b(operator.getitem, short, k) for k in range(2))
+    pairs = b(aten.view_as_complex.default, b(aten.view.default, own, [samples, 3, 4, 2]))
+    pairs = b(aten.mul.Tensor, pairs, table)
+    whole = b(aten.view_as_complex.default, b(aten.view.default, x, [samples, 6, 4, 2]))
+    back = b(operator.getitem, b(scatter_tokens, [whole], [pairs], index, [1], where[2][:1], [0], 6), 0)
+    before = b.program(b(aten.view_as_real.default, back))
+    (result,) = PassManager("lower_complex", Context("eager")).run(before)
+    assert not any(_is_complex(n.meta.get("val")) for n in result.program.step.graph.nodes)
+    values = random_inputs(before)
+    values["index"] = torch.tensor([[5, 0, 2], [1, 4, 3]])[:samples]
+    assert_close(run_program(result.program, values)[0], run_program(before, values)[0])

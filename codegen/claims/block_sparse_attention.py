@@ -1,34 +1,34 @@
-"""Who runs block-sparse attention, and why.
+"""Who runs block-sparse attention.
 
 Triton where the tensors are on a GPU; else the listed blocks of keys are gathered, by torch operators or, for ONNX,
-written out. On a GPU ``install`` makes the Triton kernel the operator's own implementation.
+written out (ir/opening.py). On a GPU the Triton kernel becomes the operator's own implementation.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx
 
-from ditopt.ir.program import Program
+from ditopt.codegen.claims._entry import Entry, Form
 from ditopt.ops import block_sparse_attention, select_blocks
 from ditopt.ops.block_sparse_attention import reference
 
-OPERATORS = (block_sparse_attention, select_blocks)
+
+def _draft(node: fx.Node, target: str) -> tuple[Form, str]:
+    if target == "onnxruntime":
+        return "written out", "onnxruntime has TopK"
+    return "kernel", "one call of torch operators"
 
 
-def claim(node: fx.Node, target: str) -> tuple[Literal["kernel", "written out"], str]:
-    """How ``target`` runs one of OPERATORS, and the reason."""
-    onnx = target == "onnxruntime"
-    if node.target is select_blocks:
-        return ("written out", "onnxruntime has TopK") if onnx else ("kernel", "one call of torch operators")
+def _claim(node: fx.Node, target: str) -> tuple[Form, str]:
     why = _triton(node, target)
     if not why:
         return "kernel", "the Triton kernel walks over the lists (codegen/triton)"
-    if onnx:
+    if target == "onnxruntime":
         return "written out", "Gather of key blocks, MatMul, Softmax, MatMul for a part of the queries at a time"
     return "kernel", f"torch operators on gathered key blocks, for {why}"
 
@@ -48,13 +48,9 @@ def _triton(node: fx.Node, target: str) -> str:
     return refusal(args[0].meta["val"].shape[-1], args[2].meta["val"].shape[-1], args[7], args[8])
 
 
-def install(program: Program) -> None:
-    """Register the Triton kernels for GPUs where the program runs on one."""
-    for function in program.functions.values():
-        for node in function.graph.find_nodes(op="call_function", target=block_sparse_attention):
-            if not _triton(node, "inductor"):
-                _register()
-                return
+def _install(node: fx.Node) -> None:
+    if not _triton(node, "inductor"):
+        _register()
 
 
 @functools.cache
@@ -71,3 +67,6 @@ def _register() -> torch.library.Library:
     library = torch.library.Library("ditopt", "FRAGMENT")
     library.impl("block_sparse_attention", run, "CUDA")
     return library
+
+
+ENTRIES = (Entry(block_sparse_attention, _claim, install=_install), Entry(select_blocks, _draft))
