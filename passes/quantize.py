@@ -6,6 +6,9 @@ rank in full precision beside). The program says so in ``ditopt::quantize`` and 
 in floating point until ``fuse_quantization`` makes integer products of it. Quantized weights are a memo of the weights:
 a weight that changes in place is seen, or is an error, as with all that leaves the loop.
 
+``alpha`` smooths (ir/smoothing.py): channels of an input are divided by factors that the weight is multiplied with,
+where the division disappears into the norm and modulation before. Exact without rounding.
+
 Layers are found by structure: those inside blocks whose input depends on the latent. Embedders, modulation and the head
 stay as they are. Approximate; ``scheme=none`` quantizes nothing.
 """
@@ -13,14 +16,16 @@ stay as they are. Approximate; ``scheme=none`` quantizes nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from ditopt.errors import RecipeError
 from ditopt.ir import example
 from ditopt.ir.program import Program
 from ditopt.ir.quantizing import quantized, quantized_nodes
-from ditopt.ir.scheme import SCHEMES, QuantScheme
+from ditopt.ir.scheme import SCHEMES, QuantScheme, Smooth
 from ditopt.ir.select import select_regions
+from ditopt.ir.smoothing import read_maxima
 from ditopt.pipeline import Context, Outcome, Pass
 
 
@@ -30,6 +35,8 @@ class Quantize(Pass):
 
     ``scheme``: what becomes what. ``group``: numbers along the inputs of a layer that share a scale (0: all of them),
     -1 for that of the scheme. ``rank``, ``rounds``: of svdquant's branch (``LowRank``), -1 for that of the scheme.
+    ``alpha``: strength of smoothing, 0 to 1: 0 evens out weights alone, 1 activations alone; -1 does not smooth.
+    ``maxima``: the file of the largest magnitudes of activations, which alpha > 0 needs (recipe smoothquant).
     ``keep``: a selector (ir/select.py) of what stays as it is, such as "blocks.0|blocks.-1".
     """
 
@@ -37,6 +44,8 @@ class Quantize(Pass):
     group: int = -1
     rank: int = -1
     rounds: int = -1
+    alpha: float = -1.0
+    maxima: str = ""
     keep: str = ""
 
     contract = "approximate"
@@ -48,6 +57,13 @@ class Quantize(Pass):
             value = getattr(self, option)
             if value != -1 and value < least:
                 raise RecipeError(f"quantize{{{option}={value}}}: expected {least} or more, or -1 for the scheme's own")
+        if self.alpha != -1 and not 0 <= self.alpha <= 1:
+            raise RecipeError(f"quantize{{alpha={self.alpha:g}}}: expected 0 to 1, or -1 for no smoothing")
+        if (self.alpha > 0) != bool(self.maxima):
+            raise RecipeError(
+                f"quantize{{alpha={self.alpha:g},maxima={self.maxima}}}: smoothing by activations takes alpha > 0 "
+                "and the file of their largest magnitudes; ditopt.calibrate(model, 'smoothquant', ...) gives them"
+            )
         scheme = SCHEMES.get(self.scheme)
         for option in ("rank", "rounds"):
             if getattr(self, option) != -1 and (scheme is None or scheme.branch is None):
@@ -68,6 +84,8 @@ class Quantize(Pass):
         if scheme.branch is not None:
             given = {k: getattr(self, k) for k in ("rank", "rounds") if getattr(self, k) != -1}
             scheme = replace(scheme, branch=replace(scheme.branch, **given))
+        if self.alpha != -1:
+            scheme = replace(scheme, transforms=(*scheme.transforms, Smooth(self.alpha)))
         return scheme
 
     def run(self, program: Program, context: Context) -> Outcome:
@@ -89,14 +107,20 @@ class Quantize(Pass):
                 ),
             )
         keep = {i for s in select_regions(program, self.keep) for i in s.ids} if self.keep else set()
-        done = quantized(program, scheme, keep, self.name)
+        maxima = read_maxima(Path(self.maxima)) if self.maxima else None
+        done = quantized(program, scheme, keep, self.name, maxima)
         if not done.layers:
             return Outcome(
                 program,
                 0,
                 tuple(done.refused) or ("no linear layer inside the blocks reads what depends on the latent",),
             )
+        smoothed = (
+            f"smoothing, alpha={self.alpha:g}: {done.smoothed} of {done.inputs} inputs of layers are divided in the "
+            "norm and modulation before them",
+        )
         notes = (
+            *(smoothed if self.alpha != -1 else ()),
             f"{done.flops / max(done.of, 1):.1%} of the FLOPs of the blocks' linear layers are quantized; their "
             f"weights shrink from {done.before / 1e6:.2f} to {done.after / 1e6:.2f} MB",
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -28,15 +28,17 @@ from ditopt.ir.cost import step_flops
 from ditopt.ir.edit import Editor, replace_functions
 from ditopt.ir.program import Program, Role, is_call
 from ditopt.ir.select import Selection, select_regions
+from ditopt.ir.smoothing import measured
 from ditopt.ir.span import modulated_input
 from ditopt.pipeline import Context, PassManager, PassResult
 from ditopt.recipe import Recipe, Step
 from ditopt.runtime.session import Session
 
-MODULATED = "modulated"
-WHOLE = ("model", "latent", MODULATED)
-"""Regions that no cache has to find: what the model returns, what it is given, and the normed and modulated input of
-the first block (TeaCache's signal)."""
+MODULATED, MAXIMA = "modulated", "maxima"
+WHOLE = ("model", "latent", MODULATED, MAXIMA)
+"""Regions that no cache has to find: what the model returns, what it is given, the normed and modulated input of the
+first block (TeaCache's signal), and of each input of the linear layers of the blocks the largest magnitude of each
+channel over all tokens (SmoothQuant's statistic; ir/smoothing.py names them)."""
 
 STREAMS = "streams"
 """The streams behind each block, as they are: no selector says so, for a cache keeps what a block adds."""
@@ -85,11 +87,15 @@ class Recorder(Engine):
             if result.refused:
                 warnings.warn(f"recording {result.text}: {'; '.join(result.refused)}", DitoptWarning, stacklevel=2)
             history.append(result)
-        program = _measured(history[-1].program) if MODULATED in chosen else history[-1].program
+        program, more = _measured(history[-1].program, chosen)
         # all slots count, whichever graphs a target would be given
         full = Lowering(program, None).variant({d.name: "compute" for d in program.decisions})
-        values, names = _values(history, full, chosen)
-        results = full.graph.results - (MODULATED in chosen)  # the model's own
+        results = full.graph.results - len(more)  # the model's own
+        values, names = _values(history, full, chosen, results)
+        for k, (selector, name) in enumerate(more):
+            values[name] = results + k
+            names[selector] = (*names[selector], name)
+        _told(names)
         work.names = names
         work.flops = _flops(outlined, chosen, names)
         work.model = model_text(self.model)
@@ -105,15 +111,22 @@ class Recorder(Engine):
         return Compiled(captured, tuple(history), plan, self._valid(captured))
 
 
-def _measured(program: Program) -> Program:
-    """``program`` with the modulated input of its first block behind its results."""
-    e, call = Editor(program.step, "record"), next(iter(program.calls()), None)
-    found = modulated_input(program, e, call, bind(program)) if call is not None else None
-    if found is None:
-        raise BadInput("this model has no first block that norms or modulates its input: there is no such value")
-    count = program.step.n_results
-    e.set_results([*e.results[:count], found, *e.results[count:]])
-    return replace_functions(program, {**program.functions, program.entry: e.function()})
+def _measured(program: Program, chosen: Collection[str]) -> tuple[Program, list[tuple[str, str]]]:
+    """``program`` with further values behind its results, and the selector and the name of each."""
+    more: list[tuple[str, str]] = []
+    if MAXIMA in chosen:
+        program, names = measured(program)
+        more += [(MAXIMA, name) for name in names]
+    if MODULATED in chosen:
+        e, call = Editor(program.step, "record"), next(iter(program.calls()), None)
+        found = modulated_input(program, e, call, bind(program)) if call is not None else None
+        if found is None:
+            raise BadInput("this model has no first block that norms or modulates its input: there is no such value")
+        count = program.step.n_results
+        e.set_results([*e.results[:count], found, *e.results[count:]])
+        program = replace_functions(program, {**program.functions, program.entry: e.function()})
+        more.append((MODULATED, MODULATED))
+    return program, more
 
 
 def _together(program: Program, regions: Sequence[str]) -> dict[str, Selection | None]:
@@ -142,9 +155,10 @@ def _neutral(program: Program, region: str, selection: Selection | None) -> list
 
 
 def _values(
-    history: Sequence[PassResult], full: Lowered, chosen: Mapping[str, Selection | None]
+    history: Sequence[PassResult], full: Lowered, chosen: Mapping[str, Selection | None], count: int
 ) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
-    """By name of a value the result of ``full`` that is it, and the names by selector."""
+    """By name of a value the result of ``full`` that is it, and the names by selector. ``count``: results of the
+    model itself."""
     program = history[-1].program
     selectors = iter(r for r in chosen if r not in WHOLE for _ in _neutral(program, r, chosen[r]))
     owner = {group[0]: s for d, s in zip(program.decisions, selectors, strict=True) for group in d.slots}
@@ -168,17 +182,18 @@ def _values(
             add(selector, block if selector == STREAMS else inside, update.output)
     if "model" in chosen:
         binding = bind(full.program)
-        for i, value in enumerate(results[: full.graph.results - (MODULATED in chosen)]):
+        for i, value in enumerate(results[:count]):
             if binding[value] & Binding.LATENT and value.meta["val"].is_floating_point():
                 add("model", "model", i)
-    if MODULATED in chosen:
-        add(MODULATED, MODULATED, full.graph.results - 1)
     if "latent" in chosen:
         names["latent"].append("latent")
+    return found, {selector: tuple(listed) for selector, listed in names.items()}
+
+
+def _told(names: Mapping[str, Sequence[str]]) -> None:
     missing = [selector for selector, listed in names.items() if not listed]
     if missing:
         raise BadInput(f"region {missing[0]!r} has no value that depends on the latent and reaches the model's output")
-    return found, {selector: tuple(listed) for selector, listed in names.items()}
 
 
 def _block(node: fx.Node) -> str:
@@ -191,6 +206,7 @@ def _flops(
     program: Program, chosen: Mapping[str, Selection | None], names: Mapping[str, tuple[str, ...]]
 ) -> dict[str, int]:
     known = {r.id: r.flops for r in program.regions} | {"model": step_flops(program)[0], "latent": 0, MODULATED: 0}
+    known |= dict.fromkeys(names.get(MAXIMA, ()), 0)
     flops: dict[str, int] = {}
     for selector, selection in chosen.items():
         if selection is not None and selection.kind == "run" and selector != STREAMS:

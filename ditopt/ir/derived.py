@@ -57,7 +57,9 @@ class Derived:
         self.e.drop_dead()
         function = self.e.function()
         memo = Memo(self.name, function.name, (), tuple(self._kept.values()), "request")
-        return program.replace(functions={**program.functions, function.name: function}, memos=(*program.memos, memo))
+        alone = sum(not m.keys for m in program.memos)  # these come first, for the others may read them
+        memos = (*program.memos[:alone], memo, *program.memos[alone:])
+        return program.replace(functions={**program.functions, function.name: function}, memos=memos)
 
 
 class Reads:

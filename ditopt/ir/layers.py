@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from ditopt.ir.binding import Binding
 from ditopt.ir.dims import equation
 
 aten = torch.ops.aten
@@ -47,6 +49,14 @@ def layer(node: fx.Node) -> Layer | None:
         return None
     fits = found.weight.meta["val"].ndim == 2 and found.x.meta["val"].ndim >= 2
     return found if fits else None
+
+
+def latent_layer(node: fx.Node, binding: Mapping[fx.Node, Binding]) -> Layer | None:
+    """``node`` as a linear layer of a weight that no input changes, whose input sees the latent."""
+    found = layer(node)
+    if found is None or binding[found.weight] != Binding.CONSTANT or not binding[found.x] & Binding.LATENT:
+        return None
+    return found
 
 
 def _einsum(node: fx.Node, args: Any) -> Layer | None:

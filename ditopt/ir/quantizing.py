@@ -8,6 +8,7 @@ body go on sharing it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import operator
 from collections import Counter
@@ -16,15 +17,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ditopt.ir.binding import Binding, bind
 from ditopt.ir.cost import flops
 from ditopt.ir.derived import Derived, Reads
 from ditopt.ir.edit import Editor, prune
-from ditopt.ir.layers import Layer, layer
+from ditopt.ir.layers import Layer, latent_layer
 from ditopt.ir.program import Formal, Function, Program, call_args, callee, formal, is_call
-from ditopt.ir.scheme import QuantScheme
+from ditopt.ir.scheme import QuantScheme, Smooth
+from ditopt.ir.smoothing import Group, Place, Smoothing, divided
 from ditopt.ops import dequantize, int8_linear, low_rank, packed_linear, quantize
 
 aten = torch.ops.aten
@@ -33,7 +35,8 @@ aten = torch.ops.aten
 @dataclass
 class Quantized:
     """What was done: layers quantized, counted once a block; sentences on what was not; FLOPs a step of the layers that
-    are quantized, and of all that multiply a weight inside blocks; bytes of their weights before and after."""
+    are quantized, and of all that multiply a weight inside blocks; bytes of their weights before and after; inputs of
+    layers that were smoothed, and of how many, counted once a block."""
 
     program: Program
     layers: int = 0
@@ -42,34 +45,45 @@ class Quantized:
     of: int = 0
     before: int = 0
     after: int = 0
+    smoothed: int = 0
+    inputs: int = 0
 
 
 Known = dict[tuple[fx.Node, bool], list[fx.Node]]
 """A weight, and whether it is turned -> what is kept of it."""
 
 
-def quantized(program: Program, scheme: QuantScheme, keep: Collection[str], origin: str) -> Quantized:
-    """``program`` with the layers that ``scheme`` is for quantized, except in the regions ``keep``."""
+def quantized(
+    program: Program,
+    scheme: QuantScheme,
+    keep: Collection[str],
+    origin: str,
+    maxima: Mapping[str, Tensor] | None = None,
+) -> Quantized:
+    """``program`` with the layers that ``scheme`` is for quantized, except in the regions ``keep``. ``maxima``: of the
+    activations (ir/smoothing.py), for a scheme that smooths by them."""
     out = Quantized(program)
     binding = bind(program)
     derived = Derived(program, "weights", origin)
+    groups = []
+    for name, calls in _alike(program, keep):
+        body = program.functions[callee(calls[0])]
+        found = list(_layers(body, binding, scheme, _kept(str(calls[0].meta["region"]), keep), out, len(calls)))
+        if found:
+            groups.append((name, calls, found))
+    smoothing = _smoothing(program, binding, groups, scheme, maxima or {}, out)
     bodies: dict[str, Function] = {}
     known: Known = {}
     with Editor(program.step, origin) as e:
         reads = Reads(e)
-        for name, calls in _alike(program, keep):
-            body = program.functions[callee(calls[0])]
-            kept = _kept(str(calls[0].meta["region"]), keep)
-            found = list(_layers(body, binding, scheme, kept, out, len(calls)))
-            if not found:
-                continue
-            made = _Body(body, name, scheme, found, origin)
+        for name, calls, found in groups:
+            made = _Body(program.functions[callee(calls[0])], name, scheme, found, smoothing, origin)
             for call in calls:
                 parts = made.derive(derived, call, known)
                 out.layers += len(found)
                 out.flops += sum(flops(x.node) for x in found)
                 actuals = [reads.of(derived.keep(p), p.meta["val"]) for group in parts for p in group]
-                made.recall(e, e[call], parts, actuals)
+                made.recall(e, e[call], parts, actuals, made.smoothed(derived, e, reads, call))
             bodies[name] = made.function()
         e.drop_dead()
     out.before = sum(weight.meta["val"].nbytes for weight, _ in known)
@@ -80,8 +94,28 @@ def quantized(program: Program, scheme: QuantScheme, keep: Collection[str], orig
     called = {str(n.meta["region"]): callee(n) for n in step.graph.nodes if is_call(n)}
     regions = tuple(dataclasses.replace(r, function=called[r.id]) if r.id in called else r for r in program.regions)
     changed = program.replace(functions={**program.functions, **bodies, program.entry: step}, regions=regions)
+    if smoothing is not None:
+        changed = smoothing.added(changed)
     out.program = prune(derived.added(changed))
     return out
+
+
+def _smoothing(
+    program: Program,
+    binding: Mapping[fx.Node, Binding],
+    groups: Sequence[Group],
+    scheme: QuantScheme,
+    maxima: Mapping[str, Tensor],
+    out: Quantized,
+) -> Smoothing | None:
+    """How inputs of the layers of ``groups`` are smoothed; None for a scheme that does not."""
+    smooth = next((t for t in scheme.transforms if isinstance(t, Smooth)), None)
+    if smooth is None:
+        return None
+    made = Smoothing(program, binding, groups, smooth.alpha, maxima)
+    out.smoothed, out.inputs = made.done, made.total
+    out.refused += made.refused
+    return made
 
 
 def _alike(program: Program, keep: Collection[str]) -> list[tuple[str, list[fx.Node]]]:
@@ -118,8 +152,8 @@ def _layers(
     """The layers of a body that ``scheme`` is for; what it cannot do goes to ``out.refused``."""
     why: Counter[str] = Counter()
     for node in body.graph.nodes:
-        found = layer(node)
-        if found is None or binding[found.weight] != Binding.CONSTANT or not binding[found.x] & Binding.LATENT:
+        found = latent_layer(node, binding)
+        if found is None:
             continue
         out.of += calls * flops(node)
         module = str(node.meta["region"]).removeprefix(".")  # such as attn.joint
@@ -155,32 +189,66 @@ def _why_not(found: Layer, scheme: QuantScheme) -> str:
 class _Body:
     """A block body being quantized, and the calls of it."""
 
-    def __init__(self, body: Function, name: str, scheme: QuantScheme, layers: Sequence[Layer], origin: str) -> None:
+    def __init__(
+        self,
+        body: Function,
+        name: str,
+        scheme: QuantScheme,
+        layers: Sequence[Layer],
+        smoothing: Smoothing | None,
+        origin: str,
+    ) -> None:
         self.body, self.scheme = body, scheme
-        self.layers = layers
+        self.layers, self.smoothing = layers, smoothing
         turned = {x.weight: x.turned for x in layers}
         self.weights = list(turned)
         self._turned = [turned[w] for w in self.weights]
         self.e = Editor(Function(name, body.graph), origin)
         self._formals: list[list[fx.Node]] = []
         self._left: list[int] = []
+        self._places = smoothing.places(name) if smoothing is not None else {}
+
+    def _readers(self, x: fx.Node) -> list[Layer]:
+        return [f for f in self.layers if f.x is x]
 
     def derive(self, derived: Derived, call: fx.Node, known: Known) -> list[list[fx.Node]]:
         """For each weight what the loop reads of it, as nodes of the memo. A weight that is ``known`` (a block may run
         on all tokens and on part of them) is quantized once."""
         actual = dict(zip(self.body.placeholders, call_args(call), strict=True))
+        inputs = {f.weight: f.x for f in self.layers}
         out = []
         for weight, turned in zip(self.weights, self._turned, strict=True):
             key = derived.read(weight, actual), turned
             if key not in known:
-                known[key] = self._parts(derived, *key)
+                known[key] = self._parts(derived, *key, self._factors(derived, call, inputs[weight]))
             out.append(known[key])
         return out
 
-    def _parts(self, derived: Derived, weight: fx.Node, turned: bool) -> list[fx.Node]:
+    def _factors(self, derived: Derived, call: fx.Node, x: fx.Node) -> fx.Node | None:
+        """What ``x`` is divided by, and the weights of its readers multiplied with."""
+        if self.smoothing is None or x not in self._places:
+            return None
+        return self.smoothing.factors(derived, call, self._readers(x))
+
+    def smoothed(self, derived: Derived, e: Editor, reads: Reads, call: fx.Node) -> list[fx.Node]:
+        """What ``call`` hands to the body for the places that are divided, in their order."""
+        out = []
+        for x, found in self._places.items():
+            lam = self._factors(derived, call, x)
+            assert self.smoothing is not None
+            assert lam is not None
+            out += [self.smoothing.given(derived, e, reads, call, place, lam) for place in found]
+        return out
+
+    def _parts(self, derived: Derived, weight: fx.Node, turned: bool, lam: fx.Node | None) -> list[fx.Node]:
         e, scheme = derived.e, self.scheme
         if turned:
             weight = e.op(aten.t.default, weight)
+        if lam is not None:
+            dtype = weight.meta["val"].dtype
+            weight = e.op(aten.mul.Tensor, weight, lam)
+            if scheme.branch is not None and weight.meta["val"].dtype is not dtype:
+                weight = e.op(aten._to_copy.default, weight, dtype=dtype)  # that of the branch
         thin: list[fx.Node] = []
         if scheme.branch is not None:
             branch = scheme.branch
@@ -190,23 +258,33 @@ class _Body:
         made = e.op(quantize, weight, scheme.weight.bits, scheme.weight.group, scheme.packed)
         return [*(e.op(operator.getitem, made, k) for k in range(2)), *thin]
 
-    def recall(self, e: Editor, call: fx.Node, parts: Sequence[Sequence[fx.Node]], actuals: Sequence[fx.Node]) -> None:
-        """``call`` calls the quantized body, with ``actuals`` for ``parts``."""
+    def recall(
+        self,
+        e: Editor,
+        call: fx.Node,
+        parts: Sequence[Sequence[fx.Node]],
+        actuals: Sequence[fx.Node],
+        smoothed: Sequence[fx.Node],
+    ) -> None:
+        """``call`` calls the quantized body, with ``actuals`` for ``parts`` and ``smoothed`` for what is divided."""
         if not self._formals:
-            self._rewrite(parts)
-        args = [*(a for i, a in enumerate(call_args(call)) if i in self._left), *actuals]
+            self._rewrite(parts, smoothed)
+        args = [*(a for i, a in enumerate(call_args(call)) if i in self._left), *actuals, *smoothed]
         values: Any = call.meta["val"]
         results = e.call(self.e._name, args, values, call, str(call.meta["region"]))
         for user in list(call.users):
             user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
 
-    def _rewrite(self, parts: Sequence[Sequence[fx.Node]]) -> None:
-        """The layers of the body, with formals for ``parts``."""
+    def _rewrite(self, parts: Sequence[Sequence[fx.Node]], smoothed: Sequence[fx.Node]) -> None:
+        """The layers of the body, with formals for ``parts`` and ``smoothed``."""
         e = self.e
         names = ("values", "scale", "down", "up")
         for k, group in enumerate(parts):
             made = [self._formal(f"w{k}_{n}", p.meta["val"]) for n, p in zip(names, group, strict=False)]
             self._formals.append(made)
+        divided_places = [place for found in self._places.values() for place in found]
+        for k, (place, actual) in enumerate(zip(divided_places, smoothed, strict=True)):
+            self._divide(place, self._formal(f"smooth{k}", actual.meta["val"]))
         inputs: dict[fx.Node, fx.Node] = {}
         for found in self.layers:
             new = self._layer(found, self._formals[self.weights.index(found.weight)], inputs)
@@ -218,6 +296,14 @@ class _Body:
 
     def _formal(self, name: str, value: Any) -> fx.Node:
         return self.e.placeholder(name, Formal("formal", name), value)
+
+    def _divide(self, place: Place, given: fx.Node) -> None:
+        """``given`` (``Smoothing.given``) in the body, where ``place`` is."""
+        node, operand = self.e[place.node], place.operand
+        if operand is not None and operand not in self.body.placeholders:
+            op = functools.partial(self.e.op, at=node, region=str(node.meta["region"]))
+            given = divided(op, self.e[operand], given)
+        place.put(node, given)
 
     def _layer(self, found: Layer, parts: Sequence[fx.Node], inputs: dict[fx.Node, fx.Node]) -> fx.Node:
         e, scheme = self.e, self.scheme

@@ -27,7 +27,8 @@ class Format:
 class Smooth:
     """Divide the input by ``lam`` and multiply the weight with it, channel by channel: outliers of activations move
     into the weight. ``lam = activation^alpha / weight^(1 - alpha)`` of the largest magnitudes of each channel, those of
-    activations measured beforehand. Only where the division disappears into the scale and shift of the norm before."""
+    activations measured beforehand. Only where the division disappears into the scale and shift of the norm before
+    (ir/smoothing.py)."""
 
     alpha: float = 0.5
 
