@@ -194,6 +194,7 @@ def _manifest(d: dict[str, Any]) -> Manifest:
             rows=x["rows"],
             gram=x["gram"],
             guidance=x["guidance"],
+            reads=tuple(x.get("reads", ())),
         )
         for x in d["decisions"]
     )

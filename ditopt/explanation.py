@@ -144,7 +144,9 @@ def decision_text(d: Decision) -> list[str]:
         told += " along the timestep"
     if p.fitted:
         told += ", with coefficients fitted for each step"
-    if d.row:
+    if d.reads:
+        told = f"predicted by a trained module of the last {_number(p.size, 'value')}, for {_number(d.rows, 'step')}"
+    elif d.row:
         told += f", corrected by a table of {_number(d.rows, 'step')}"
     where = d.regions[0]
     if len(d.regions) > 1:

@@ -40,10 +40,11 @@ class Cache(Pass):
 
     ``region``: a selector (ir/select.py). ``each``: one decision for all of it, or one for every block of it.
     ``every``, ``first``, ``last``, ``mask``, ``since``, ``until``, ``low``, ``high``: the schedule (``Interval``).
-    ``predictor``, ``order``, ``time``: ``Predictor``. ``fitted``: coefficients of the newest computed values for each 0
-    of ``mask``, in order, as in "1.9 -0.9; 2.8 -1.8": they take the place of the predictor's own. ``residual``: predict
-    ``out - in`` instead of ``out``; "auto" does so for runs of blocks. ``store``: keep values as they are, or in 8
-    bits. ``correction``: a file with tables ``scale`` and ``shift`` (steps, channels), applied to predicted values.
+    ``predictor``, ``order``, ``time``: ``Predictor``; ``table``: the file of predictor=learned (ir/learned.py).
+    ``fitted``: coefficients of the newest computed values for each 0 of ``mask``, in order, as in "1.9 -0.9; 2.8 -1.8":
+    they take the place of the predictor's own. ``residual``: predict ``out - in`` instead of ``out``; "auto" does so
+    for runs of blocks. ``store``: keep values as they are, or in 8 bits. ``correction``: a file with tables ``scale``
+    and ``shift`` (steps, channels), applied to predicted values.
 
     ``signal`` (ir/signals.py): decide on the steps that the schedule leaves open by a number; then ``every=0`` (the
     default there) forces none, and a ``mask`` allows reuse at its zeros. The rest is the ``Rule``: ``test``,
@@ -69,6 +70,7 @@ class Cache(Pass):
     residual: Literal["auto", "yes", "no"] = "auto"
     store: Store = "full"
     correction: str = ""
+    table: str = ""
     signal: Literal["none", "residual", "hidden", "modulated", "forecast", "boundary", "change", "drift"] = "none"
     test: Literal["below", "sum", "book"] = "below"
     threshold: float = 0.0
@@ -95,6 +97,7 @@ class Cache(Pass):
                 f"cache{{order={self.order}}}: {self.predictor} has no order to choose; choose predictor=taylor, "
                 "newton, lagrange or hermite"
             )
+        self._validate_table()
         if not 0 <= self.since < self.until <= 1:
             raise RecipeError(f"cache{{since={self.since},until={self.until}}}: expected 0 <= since < until <= 1")
         if not self.low < self.high and (self.low or self.high):
@@ -136,6 +139,21 @@ class Cache(Pass):
     def _least(self, option: str, least: int) -> None:
         if getattr(self, option) < least:
             raise RecipeError(f"cache{{{option}={getattr(self, option)}}}: expected {least} or more")
+
+    def _validate_table(self) -> None:
+        if self.predictor == "learned" and not self.table:
+            raise RecipeError(
+                "cache{predictor=learned} needs table=, the file of its weights; ditopt.calibrate(model, 'lesa', "
+                "sampler, steps=...) trains one"
+            )
+        if self.table and self.predictor != "learned":
+            raise RecipeError(f"cache{{table={self.table}}} holds a trained predictor: give predictor=learned as well")
+        if self.table and self.time != "step":
+            raise RecipeError(
+                "cache{predictor=learned,time=timestep}: its gate was fitted step by step; leave time out"
+            )
+        if self.table and self.correction:
+            raise RecipeError("cache{table=...,correction=...}: a trained predictor is not corrected; give one of both")
 
     def _validate_rule(self) -> None:
         given = [
@@ -218,6 +236,7 @@ class Cache(Pass):
             Path(self.correction) if self.correction else None,
             "" if self.signal == "none" else self.signal,
             Predictor("taylor", self.watch) if self.signal == "forecast" else Predictor(),
+            Path(self.table) if self.table else None,
         )
 
     def rule(self, slot: str, found: Signal) -> Rule:

@@ -89,7 +89,7 @@ class CacheGuidance(Pass):
             raise RecipeError(f"cache_guidance{{mask={self.mask}}}: expected 1 (run both) and 0 (one), one a step")
         if self.keep != "difference" and (self.predictor != "hold" or self.order):
             raise RecipeError(f"cache_guidance{{keep={self.keep}}} has no predictor to choose: that is for differences")
-        if self.predictor in ("dmd", "foca", "bands"):
+        if self.predictor in ("dmd", "foca", "bands", "learned"):
             raise RecipeError(f"cache_guidance{{predictor={self.predictor}}}: choose one without a window")
         if self.order and self.predictor not in _ORDERED:
             raise RecipeError(f"cache_guidance{{order={self.order}}}: {self.predictor} has no order to choose")

@@ -10,10 +10,23 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ditopt.artifact import StepGraph
-from ditopt.errors import SessionError
 from ditopt.ir.program import Decision
 from ditopt.runtime.plan import Ready
-from ditopt.runtime.policy import COMPUTE, REUSE, Anchor, Schedule, after, choose, coefficients, missed, needed, settle
+from ditopt.runtime.policy import (
+    COMPUTE,
+    REUSE,
+    Anchor,
+    Schedule,
+    after,
+    choose,
+    coefficients,
+    filled,
+    in_window,
+    missed,
+    needed,
+    settle,
+    table_row,
+)
 from ditopt.runtime.rules import Course, asks, decide
 
 Read = Callable[[Sequence[str]], Sequence[Sequence[float]]]
@@ -23,12 +36,15 @@ Read = Callable[[Sequence[str]], Sequence[Sequence[float]]]
 @dataclass(frozen=True)
 class Memory:
     """What one guidance branch remembers by decision: when the values in its slots were computed, newest first; the
-    course of its rule; inner products, with the step that they are of; and the decisions whose newest values one half
-    of a batch does not have (``policy.missed``)."""
+    course of its rule; inner products, with the step that they are of; of how many consecutive steps up to ``last`` a
+    window holds the values (``policy.in_window``); and the decisions whose newest values one half of a batch does not
+    have (``policy.missed``)."""
 
     anchors: Mapping[str, tuple[Anchor, ...]] = field(default_factory=dict)
     courses: Mapping[str, Course] = field(default_factory=dict)
     grams: Mapping[str, tuple[int, Sequence[Sequence[float]]]] = field(default_factory=dict)
+    held: Mapping[str, int] = field(default_factory=dict)
+    last: int = -1
     stale: frozenset[str] = frozenset()
 
 
@@ -67,6 +83,8 @@ def choose_step(
     about guidance that find none to skip."""
     decisions = ready.decisions
     wanted = {d.name: choose(rules[d.name], memory.anchors.get(d.name, ()), now.step, now.time) for d in decisions}
+    held = memory.held if memory.last == now.step - 1 else {}
+    wanted = filled(decisions, wanted, held, now.step)
     wanted |= {name: COMPUTE for name in denied if wanted[name] == REUSE}
     wanted = settle(decisions, wanted, memory.stale)
     wanted, courses, measured = _by_rules(decisions, wanted, memory.courses, read)
@@ -82,13 +100,14 @@ def choose_step(
             if d.gram and grams.get(d.name, (-1, ()))[0] != before[0].step:
                 grams[d.name] = (before[0].step, _square(read([d.gram])[0]))
             if d.row:
-                controls[d.row] = [_row(d, now.step)]
+                controls[d.row] = [table_row(d, now.step)]
             gram = grams[d.name][1] if d.gram else ()
             controls[d.weights] = coefficients(d, d.predictor, before, now, ready.steps, gram)
         elif graph.choices.get(d.name, COMPUTE) == COMPUTE:
             anchors[d.name] = after(d, now, before, memory.stale - stale)
             courses[d.name] = memory.courses.get(d.name, Course()).computed() if d.rule else Course()
-    return Choice(wanted, graph, controls, Memory(anchors, courses, grams, stale), measured)
+    held = in_window(decisions, graph.choices, held, memory.stale, stale)
+    return Choice(wanted, graph, controls, Memory(anchors, courses, grams, held, now.step, stale), measured)
 
 
 def _by_rules(
@@ -104,14 +123,6 @@ def _by_rules(
         reuse, after[d.name] = decide(rule, courses.get(d.name, Course()), measured.get(d.name), d.name)
         out[d.name] = REUSE if reuse else COMPUTE
     return out, after, measured
-
-
-def _row(d: Decision, step: int) -> int:
-    if step >= d.rows:
-        raise SessionError(
-            f"decision {d.name!r}: its correction is for {d.rows} steps and this is step {step}; calibrate for more"
-        )
-    return step
 
 
 def _square(flat: Sequence[float]) -> list[list[float]]:

@@ -73,7 +73,7 @@ class Schedule:
 def schedule_of(decision: Decision, steps: int | None) -> Schedule:
     """The schedule of a decision over ``steps`` steps; see ``schedule``."""
     made = schedule(decision.schedule, steps, decision.name)
-    return replace(made, stateless=not decision.predictor.anchors)
+    return replace(made, stateless=not decision.predictor.size)
 
 
 def schedule(interval: Interval, steps: int | None, name: str = "cache") -> Schedule:
@@ -161,6 +161,45 @@ def missed(decisions: Sequence[Decision], choices: Mapping[str, str], stale: fro
     return stale | computed if skips else stale - computed
 
 
+def filled(
+    decisions: Sequence[Decision], wanted: Mapping[str, str], held: Mapping[str, int], step: int
+) -> dict[str, str]:
+    """``wanted``, where what a learned predictor was not trained to predict, or has not the values for, is computed.
+    ``held``: see ``in_window``. SessionError where its tables end before ``step``."""
+    out = dict(wanted)
+    for d in decisions:
+        if d.reads and out[d.name] == REUSE and not 0 < d.reads[table_row(d, step)] <= held.get(d.name, 0):
+            out[d.name] = COMPUTE
+    return out
+
+
+def table_row(decision: Decision, step: int) -> int:
+    """The row of the decision's tables for ``step``; SessionError where they have none."""
+    if step >= decision.rows:
+        what = "predictor" if decision.reads else "correction"
+        raise SessionError(
+            f"decision {decision.name!r}: its {what} is for {decision.rows} steps and this is step {step}; calibrate "
+            "for more"
+        )
+    return step
+
+
+def in_window(
+    decisions: Sequence[Decision],
+    choices: Mapping[str, str],
+    held: Mapping[str, int],
+    before: Collection[str],
+    after: Collection[str],
+) -> dict[str, int]:
+    """Of how many consecutive steps the windows of learned predictors hold the values, after a step of ``choices``;
+    ``held`` before it. ``before``, ``after``: the decisions that half of a batch missed, before it and after it."""
+    found = {}
+    for name in (d.name for d in decisions if d.reads):
+        lost = choices.get(name, COMPUTE) == BYPASS or name in after
+        found[name] = 0 if lost else 1 if name in before else held.get(name, 0) + 1
+    return found
+
+
 def _within(interval: Interval, time: float | None) -> bool:
     return not interval.timed or (time is not None and interval.low < time < interval.high)
 
@@ -174,7 +213,7 @@ def coefficients(
     gram: Sequence[Sequence[float]] = (),
 ) -> list[float]:
     """The weights of ``predictor`` (that of ``decision``, or of its rule) at ``now``; see predict.weights."""
-    if not predictor.size:
+    if not predictor.size or predictor.basis == "learned":
         return []
     if row := fitted_row(predictor, anchors, now.step):
         return [*row, *[0.0] * (predictor.size - len(row))]
@@ -280,16 +319,19 @@ def walk(
     it is the one that is called first in each step, which no decision about guidance skips."""
     rules = {d.name: schedule_of(d, steps) for d in decisions}
     anchors: dict[str, tuple[Anchor, ...]] = {d.name: () for d in decisions}
+    held: dict[str, int] = {}
     stale: frozenset[str] = frozenset()
     for step in range(steps):
         now = Anchor(step, None if times is None else float(times[step]))
         choices = {d.name: choose(rules[d.name], anchors[d.name], step, now.time) for d in decisions}
+        choices = filled(decisions, choices, held, step)
         choices |= {d.name: COMPUTE for d in decisions if leads and d.guidance == "calls"}
         choices = settle(decisions, choices, stale)
         if graphs is not None:
             choices = {**dict.fromkeys(choices, COMPUTE), **fit(choices, graphs).choices}
         yield now, choices, dict(anchors)
         before, stale = stale, missed(decisions, choices, stale)
+        held = in_window(decisions, choices, held, before, stale)
         for d in decisions:
             if choices[d.name] == COMPUTE:
                 anchors[d.name] = after(d, now, anchors[d.name], before - stale)

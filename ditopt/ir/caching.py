@@ -20,6 +20,7 @@ from ditopt.ir.binding import Binding, bind
 from ditopt.ir.correct import Correction
 from ditopt.ir.edit import Editor, prune, replace_functions
 from ditopt.ir.gram import inner_products
+from ditopt.ir.learned import Learned
 from ditopt.ir.modules import find_modules, name_of
 from ditopt.ir.outline import clone_body
 from ditopt.ir.program import (
@@ -37,7 +38,7 @@ from ditopt.ir.program import (
     formal,
     is_call,
 )
-from ditopt.ir.reuse import Reuse, Store, dense, dense_type, encode, encoded_types, guess
+from ditopt.ir.reuse import Reuse, Store, dense, dense_type, encode, encoded_types, guess, stored
 from ditopt.ir.select import Selection
 from ditopt.ir.signals import SIGNALS, Signal, Site
 from ditopt.ir.span import Span, latent_like, modulated_input
@@ -52,7 +53,7 @@ _HOLD = Predictor()
 @dataclass(frozen=True)
 class Keeping:
     """What is kept of a region and how it is predicted: see the options of the pass ``cache``. ``watch`` forecasts the
-    signal "forecast"."""
+    signal "forecast". ``table``: the weights of a learned predictor, whose order it says."""
 
     predictor: Predictor
     residual: Literal["auto", "yes", "no"] = "auto"
@@ -60,6 +61,7 @@ class Keeping:
     correction: Path | None = None
     signal: str = ""
     watch: Predictor = _HOLD
+    table: Path | None = None
 
 
 class Caching:
@@ -74,8 +76,13 @@ class Caching:
         self.binding = bind(program)
         self.functions: dict[str, Function] = {}
         self.e = Editor(program.step, "cache")
-        self.reuse = Reuse(self.e, self.name, options.predictor, options.store)
+        self.learned = Learned(self.e, self.name, options.table) if options.table else None
         self.correction = Correction(self.e, self.name, options.correction) if options.correction else None
+        self.tables = self.learned or self.correction
+        self.predictor = options.predictor
+        if self.learned is not None:
+            self.predictor = dataclasses.replace(self.predictor, order=self.learned.window - 1)
+        self.reuse = Reuse(self.e, self.name, self.predictor, options.store)
         self._kept: list[tuple[fx.Node, list[list[fx.Node]]]] = []
         self._own: list[int] = []  # which of them belong to the stream of the latent, as far as that is known
         self._base: fx.Node | None = None  # the stream of the latent that enters the region
@@ -103,20 +110,21 @@ class Caching:
             slot = self.reuse.slot("signal", found.node.meta["val"])
             self.reuse.update(slot, found.node, found.when)
             asked = rule(slot.meta["formal"].ref, found)
-        gram = inner_products(self.reuse, self._kept) if self.o.predictor.basis == "dmd" else ""
+        gram = inner_products(self.reuse, self._kept) if self.predictor.basis == "dmd" else ""
         self._guard()
         self.reuse.finish(self.before.step.state_out)
         decision = Decision(
             self.name,
             tuple(self.regions),
             schedule,
-            self.o.predictor,
+            self.predictor,
             tuple(self.reuse.groups),
             self.reuse.weights,
             asked,
-            self.correction.row if self.correction else "",
-            self.correction.steps if self.correction else 0,
+            self.tables.row if self.tables else "",
+            self.tables.steps if self.tables else 0,
             gram,
+            reads=self.learned.reads if self.learned else (),
         )
         step = self.e.function()
         body = {str(n.meta["region"]): callee(n) for n in step.graph.nodes if is_call(n)}
@@ -126,7 +134,7 @@ class Caching:
             regions = [Region("model", "model", "")]
         made = prune(
             out.replace(
-                params={**out.params, **(self.correction.params if self.correction else {})},
+                params={**out.params, **(self.tables.params if self.tables else {})},
                 state=(*out.state, *self.reuse.types),
                 decisions=(*out.decisions, decision),
                 regions=tuple(regions),
@@ -153,8 +161,7 @@ class Caching:
         at = max([value, *([base] if base is not None else [])], key=list(self.e.graph.nodes).index).next
         kept = value if base is None else self.e.op(aten.sub.Tensor, value, base, at=at)
         slots = self.reuse.slots(kept.meta["val"])
-        told = guess(self.e, slots, kept.meta["val"], self.reuse.control(), at)
-        told = self._corrected(told, at)
+        told = self._told(self.e, slots, kept.meta["val"], self.reuse.control(), self._arguments(), at)
         self._remember(slots, kept, told, at)
         if base is not None:
             told = self.e.op(aten.add.Tensor, base, told, at=at)
@@ -162,15 +169,27 @@ class Caching:
 
     def _remember(self, slots: list[list[fx.Node]], kept: fx.Node, told: fx.Node, at: fx.Node) -> None:
         chosen = kept
-        if self.o.predictor.window:
+        if self.predictor.window:
             chosen = self.e.op(select, kept, told, self.name, at=at)
         parts = encode(self.e, kept, self.o.store, at)
         moved = parts if chosen is kept else encode(self.e, chosen, self.o.store, at)
         self.reuse.keep(slots, parts, moved)
         self._kept.append((kept, slots))
 
-    def _corrected(self, told: fx.Node, at: fx.Node) -> fx.Node:
-        return told if self.correction is None else self.correction.apply(told, at)
+    def _told(
+        self,
+        e: Editor,
+        slots: list[list[fx.Node]],
+        like: Any,
+        control: fx.Node | None,
+        tables: Sequence[fx.Node],
+        at: fx.Node,
+    ) -> fx.Node:
+        """What ``slots`` predict, in the entry or in a body."""
+        if self.learned is not None:
+            return self.learned.predicted(e, stored(e, slots, like, at), tables, at)
+        told = guess(e, slots, like, control, at)
+        return told if self.correction is None else self.correction.applied(e, told, tables, at)
 
     # -- the signal ------------------------------------------------------------------------------------------------
 
@@ -286,9 +305,9 @@ class Caching:
                 continue
             slots = [self.reuse.slots(v) for v in values]
             more = [s for parts in slots for group in parts for s in group]
-            more += [c for c in (self.reuse.control(), *self._tables()) if c is not None]
+            more += [c for c in (self.reuse.control(), *self._arguments()) if c is not None]
             old = len(self.before.functions[callee(call)].results)
-            types = [*node_types(self.e[call]), *values, *(values if self.o.predictor.window else [])]
+            types = [*node_types(self.e[call]), *values, *(values if self.predictor.window else [])]
             at = self.e[call].next
             results = self.e.call(name, [*call_args(self.e[call]), *more], types, at, block)
             for user in list(self.e[call].users):
@@ -297,7 +316,7 @@ class Caching:
                 self._base, self._start = (new if n is user else n for n in (self._base, self._start))
             for k, parts in enumerate(slots):
                 kept = results[old + k]
-                chosen = results[old + len(values) + k] if self.o.predictor.window else kept
+                chosen = results[old + len(values) + k] if self.predictor.window else kept
                 encoded = encode(self.e, kept, self.o.store, at)
                 moved = encoded if chosen is kept else encode(self.e, chosen, self.o.store, at)
                 self.reuse.keep(parts, encoded, moved)
@@ -312,8 +331,8 @@ class Caching:
         types = {formal(p).ref: p.meta["val"].shape for p in self.before.functions[callee(call)].placeholders}
         return {types[s.formal][:-1] for s in block.streams if s.made_of == "latent"}
 
-    def _tables(self) -> list[fx.Node | None]:
-        return [] if self.correction is None else list(self.correction.arguments())
+    def _arguments(self) -> Sequence[fx.Node]:
+        return () if self.tables is None else self.tables.arguments()
 
     def _cached_body(self, name: str, roles: tuple[str, ...]) -> tuple[str, list[Any]]:
         """A copy of a body whose modules of these roles can be predicted; the types of the values it keeps."""
@@ -329,24 +348,22 @@ class Caching:
             values = [encoded_types(e, t, self.o.store) for t in types]
             groups = [
                 [
-                    [_formal(e, f"{self.name}_{k}_{i}{part}", value) for i in range(self.o.predictor.size)]
+                    [_formal(e, f"{self.name}_{k}_{i}{part}", value) for i in range(self.predictor.size)]
                     for part, value in zip(("", "_scale"), parts, strict=False)
                 ]
                 for k, parts in enumerate(values)
             ]
-            control = _control(e, f"{self.name}_weights", self.o.predictor) if self.reuse.weights else None
-            tables = [_formal(e, f"{self.name}_{t.name}", t.meta["val"]) for t in self._tables() if t is not None]
+            control = _control(e, f"{self.name}_weights", self.predictor) if self.reuse.weights else None
+            tables = [_formal(e, f"{self.name}_{t.name}", t.meta["val"]) for t in self._arguments()]
             for module, parts in zip(modules, groups, strict=True):
                 node, at = e[module.output], e[module.output].next
                 value = dense(e, node, at)
-                guessed = guess(e, parts, value.meta["val"], control, at)
-                if self.correction is not None:
-                    guessed = self.correction.applied(e, guessed, tables, at)
+                guessed = self._told(e, parts, value.meta["val"], control, tables, at)
                 chosen = e.op(select, value, guessed, self.name, at=at)
                 e.replace(node, chosen, keep=[value])
                 kept.append(value)
                 told.append(chosen)
-            e.set_results([*e.results, *kept, *(told if self.o.predictor.window else [])])
+            e.set_results([*e.results, *kept, *(told if self.predictor.window else [])])
         self.functions[new] = e.function(new)
         return new, types
 

@@ -139,7 +139,7 @@ class Interval:
         return self.low < self.high
 
 
-Basis = Literal["hold", "taylor", "newton", "lagrange", "hermite", "ab2", "ramp", "foca", "dmd", "bands"]
+Basis = Literal["hold", "taylor", "newton", "lagrange", "hermite", "ab2", "ramp", "foca", "dmd", "bands", "learned"]
 
 
 Rows = tuple[tuple[float, ...], ...]
@@ -148,13 +148,15 @@ Rows = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True)
 class Predictor:
-    """How a skipped value is predicted: as a linear combination of earlier ones (runtime/predict.py has the formulas).
+    """How a skipped value is predicted: as a linear combination of earlier ones (runtime/predict.py has the formulas),
+    or by a module that was trained.
 
     ``basis``: "hold" (newest value), "taylor" (TaylorSeer's finite differences), "newton" / "lagrange" (the polynomial
     through the last order + 1 values), "hermite" (HiCache), "ab2" (Adams-Bashforth), "ramp" (FasterCache), "foca"
     (FoCa), "dmd" (dynamic mode decomposition), "bands" (FasterCache: low and high frequencies of the newest value, each
-    with a coefficient), "none" (no earlier value is read: what stands in for the skipped value belongs to the step
-    itself). ``order`` is that of the first five. ``time``: measure distance in "step" index or in "timestep".
+    with a coefficient), "learned" (a trained module, whose weights are tables of the Program: ir/learned.py), "none"
+    (no earlier value is read: what stands in for the skipped value belongs to the step itself). ``order`` is that of
+    the first five; "learned" reads ``order + 1`` values. ``time``: measure distance in "step" index or in "timestep".
     ``fitted``: for each step of a mask, coefficients of the newest computed values, newest first; () where the step
     computes. They take the place of the formula wherever the computed steps behind are those of the mask.
     """
@@ -167,12 +169,12 @@ class Predictor:
     @property
     def anchors(self) -> int:
         """How many computed values it reads."""
-        return {"none": 0, "ab2": 3, "ramp": 2, "foca": 2, "dmd": 6}.get(self.basis, self.order + 1)
+        return {"none": 0, "learned": 0, "ab2": 3, "ramp": 2, "foca": 2, "dmd": 6}.get(self.basis, self.order + 1)
 
     @property
     def window(self) -> int:
         """How many of the values before this step it reads besides, computed or predicted."""
-        return 2 if self.basis == "foca" else 0
+        return {"foca": 2, "learned": self.order + 1}.get(self.basis, 0)
 
     @property
     def bands(self) -> int:
@@ -181,7 +183,8 @@ class Predictor:
 
     @property
     def size(self) -> int:
-        """Number of coefficients: anchors, newest first, then the window, newest first; of each its bands."""
+        """Number of values read, and of their coefficients where they have some: anchors, newest first, then the
+        window, newest first; of each its bands."""
         return (self.anchors + self.window) * self.bands
 
 
@@ -232,6 +235,8 @@ class Decision:
     ``guidance``: what is skipped is a branch of guidance, and is only skipped where there is one: with "calls" a call
     that another one of its step, with the same latent, came before; with "batch" one half of a batch whose halves are
     the same latent. Without slots nothing has to be computed before it is predicted.
+    ``reads``: of a "learned" predictor, row by row of its tables, how many values of consecutive steps it needs, 0
+    where it was not trained: a step that has fewer computes.
     """
 
     name: str
@@ -245,6 +250,7 @@ class Decision:
     rows: int = 0
     gram: str = ""
     guidance: Literal["", "calls", "batch"] = ""
+    reads: tuple[int, ...] = ()
 
     @property
     def controls(self) -> dict[str, TensorType]:

@@ -33,7 +33,7 @@ class Reuse:
         self.e, self.name, self.predictor, self.store = e, name, predictor, store
         self.groups: list[tuple[str, ...]] = []
         self.types: list[StateSlot] = []
-        self.weights = "" if predictor.basis == "hold" else f"{name}.weights"
+        self.weights = "" if predictor.basis in ("hold", "learned") else f"{name}.weights"
         self._control: fx.Node | None = None
         self._new: dict[str, fx.Node] = {}
 
@@ -64,7 +64,7 @@ class Reuse:
     def shift(self, group: Sequence[fx.Node], predictor: Predictor, computed: fx.Node, chosen: fx.Node) -> None:
         """The slots of one value under ``predictor``: anchors move when the step computes, the window every step."""
         anchors, window = group[: predictor.anchors], group[predictor.anchors :]
-        for slot, value in zip(anchors, [computed, *anchors[:-1]], strict=True):
+        for slot, value in zip(anchors, [computed, *anchors[:-1]] if anchors else [], strict=True):
             self.update(slot, value, "computed")
         for slot, value in zip(window, [chosen, *window[:-1]] if window else [], strict=True):
             self.update(slot, value, "always")
@@ -157,9 +157,13 @@ def guess(
     e: Editor, slots: Sequence[Sequence[fx.Node]], like: Any, weights: fx.Node | None, at: fx.Node, region: str = ""
 ) -> fx.Node:
     """What the stored ``slots`` of a value (``Reuse.slots``) predict it to be, of the type of ``like``."""
-    count = len(slots[0]) if weights is not None else 1
-    values = [decode(e, [group[i] for group in slots], like, at, region) for i in range(count)]
-    return predict(e, values, weights, at, region)
+    values = stored(e, slots, like, at, region)
+    return predict(e, values if weights is not None else values[:1], weights, at, region)
+
+
+def stored(e: Editor, slots: Sequence[Sequence[fx.Node]], like: Any, at: fx.Node, region: str = "") -> list[fx.Node]:
+    """The values in the ``slots`` of a value, in their order, of the type of ``like``."""
+    return [decode(e, parts, like, at, region) for parts in zip(*slots, strict=True)]
 
 
 def dense(e: Editor, node: fx.Node, at: fx.Node) -> fx.Node:
