@@ -161,3 +161,24 @@ def test_the_signal_is_measured_on_the_stream_of_the_latent(text, model, tokens)
     """Of 6 text tokens and 16 or 9 of the latent, although behind joint attention both depend on the latent."""
     slots = {s.name: s.type.shape for s in run(text, model=model).state}
     assert {shape[1] for name, shape in slots.items() if ".seen" in name or ".watch" in name} == tokens
+
+
+FITTED = "cache{region=model,mask=1101,predictor=newton,order=1,fitted='1.5 -0.5'}"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("mask=1101,", ""), "has 1 rows, .* expected a mask=, one row for each 0 of it"),
+        (("mask=1101", "mask=1100"), "has 1 rows, .* expected a mask=, one row for each 0 of it"),
+        (("order=1", "order=1,signal=change,threshold=0.1"), "and no signal="),
+        (("predictor=newton,order=1", "predictor=foca"), "expected a predictor that combines as many values"),
+        (("1.5 -0.5", "1.5 -0.5 0.1"), "the row of step 2 has 3 numbers; expected 1 to 2"),
+        (("mask=1101", "mask=1011"), "the row of step 1 has 2 numbers; expected 1 to 1"),
+        (("1.5 -0.5", "1.5 x"), "expected numbers with spaces between"),
+    ],
+)
+def test_fitted_coefficients_that_do_not_fit_the_mask(change, said):
+    Recipe.parse(FITTED)
+    with pytest.raises(RecipeError, match=said):
+        run(FITTED.replace(*change))
