@@ -6,13 +6,15 @@ Runs of the sampler then decide among the best of these and their neighbours, be
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from ditopt.calibration.coefficients import fitted, text
 from ditopt.calibration.estimate import Estimate, best_orders, grown, moved
 from ditopt.calibration.profile import Profile
-from ditopt.calibration.search import best_mask
+from ditopt.calibration.search import best_mask, spread
 from ditopt.calibration.trial import Trials, Worth
 from ditopt.errors import RecipeError
 from ditopt.ir.program import Predictor, Rows
@@ -58,23 +60,34 @@ def _forecast(
     most: int,
     seconds: float,
 ) -> str:
-    """The best order, coefficients and mask. Of orders whose estimates are close, polynomials and fitted coefficients
-    are run once each: high orders, and what was fitted, answer to errors more than an estimate sees."""
+    """The best order, coefficients and mask.
+
+    Of orders whose estimates are close, each is run once with its best mask and once with an even one: with few
+    computed steps the model answers to errors more than an estimate sees. Then come fitted coefficients for the best of
+    these, and the neighbours of its mask.
+    """
     began = time.monotonic()
-    tried: list[tuple[float, int, bool]] = []
+    known: list[dict[str, Worth]] = [{} for _ in chains]
+
+    def best(i: int) -> float:
+        return min((w.error for w in known[i].values()), default=math.inf)
+
     for i, (estimate, chain) in enumerate(chains):
         with trials(_text("model", estimate.predictor.order)) as trial:
-            for fit in (False, True):
-                if not tried or not most or len(tried) < most:
-                    tried.append((_run(trial, estimate, chain[count], fit).error, i, fit))
-    _, i, fit = min(tried)
-    estimate, chain = chains[i]
-    order = estimate.predictor.order
+            for mask in dict.fromkeys((chain[count], spread(estimate.steps, count, 0.0))):
+                if not most or sum(map(len, known)) < most:
+                    known[i][mask] = _run(trial, estimate, mask, False)
+    i = min(range(len(chains)), key=best)
+    (estimate, chain), worth = chains[i], known[i]
+    order, mask = estimate.predictor.order, min(worth, key=lambda m: worth[m].error)
     with trials(_text("model", order)) as trial:
-        left = max(1, most - len(tried)) if most else 0
-        mask = refined(
-            trial, estimate, list(chain.values()), count, left, max(0.0, seconds - (time.monotonic() - began)), fit
-        )
+        left = max(0, most - sum(map(len, known)) - 1) if most else 0
+        other = _run(trial, estimate, mask, True, worth[mask]) if left or not most else worth[mask]
+        fit = other.error < worth[mask].error
+        worth = {mask: other} if fit else worth
+        if left or not most:
+            until = max(0.0, seconds - (time.monotonic() - began))
+            mask = refined(trial, estimate, list(chain.values()), count, left, until, fit, worth)
     return _text("model", order, mask, fitted(estimate, mask, LOCAL) if fit else ())
 
 
@@ -92,22 +105,24 @@ def refined(
     most: int = 0,
     seconds: float = 60.0,
     fit: bool = False,
+    worth: Mapping[str, Worth] = MappingProxyType({}),
 ) -> str:
     """The best of the masks with at most ``count`` computed steps that runs of the sampler compare: those of ``chain``
     with the best estimates, then the neighbours of the best one so far, in the order of their estimates.
 
     ``most``: runs (0: as many as ``seconds`` allow). The same ``most`` gives the same mask on every machine. ``fit``:
-    with coefficients fitted to each mask.
+    with coefficients fitted to each mask. ``worth``: of masks that were run before.
     """
     began = time.monotonic()
-    known: dict[str, Worth] = {}
+    known = dict(worth)
 
     def over() -> bool:
-        return bool(known) and (len(known) >= most if most else time.monotonic() - began >= seconds)
+        return bool(known) and (len(known) - len(worth) >= most if most else time.monotonic() - began >= seconds)
 
-    best = ""
-    for mask in sorted(chain, key=estimate)[:3]:
-        if not over():
+    best = min(known, key=lambda m: known[m].error, default="")
+    least = min(map(estimate, known), default=math.inf)
+    for mask in sorted(set(chain) - known.keys(), key=lambda m: (estimate(m), m))[:3]:
+        if not over() and estimate(mask) < least:
             known[mask] = _run(trial, estimate, mask, fit, known[best] if best else None)
             best = mask if not best or known[mask].error < known[best].error else best
     improved = True
