@@ -152,7 +152,7 @@ class Flat(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         bound = self.spec.unflatten(tensors)
-        args, kwargs = _split(self.model, bound)
+        args, kwargs = arguments_of_call(self.model, bound)
         held = opened.leaves(bound)
         before = _python_state(self.model)  # compared here: torch.export puts attributes back when it is done
         # only in a trace: any such mode keeps eager from its fused kernels
@@ -163,7 +163,7 @@ class Flat(nn.Module):
         return (*self.packing.note(out), *self.packing.note_writes(held, bound), *self._more())
 
 
-def _split(model: nn.Module, bound: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+def arguments_of_call(model: nn.Module, bound: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """Bound arguments as positional and keyword ones (``forward(self, *xs)`` and positional-only need the former)."""
     args: list[Any] = []
     kwargs = dict(bound)
