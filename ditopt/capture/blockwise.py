@@ -10,6 +10,7 @@ depend on.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
@@ -50,11 +51,11 @@ def blockwise(job: Job, whole: Whole, why: Sequence[str], verify: bool = True) -
 
 
 def _captured(job: Job, paths: Sequence[str], whole: Whole, why: Sequence[str], verify: bool) -> Captured:
-    observer = Observer(shared_copy(job.model), paths)
+    observer = Observer(shared_copy(job.model, runs=True), paths)
     observed = observer.watch(job)
     found = next(iter(observer.segments()), None)
     if found is None:
-        raise CaptureError(f"between any two of its blocks Python looks at values{observer.looked}")
+        raise CaptureError(f"between any two of its blocks Python looks at values{observer.interrupted}")
     inputs = _inputs(job, observed)
     around = Around(job.model, found.segment)
     depends = _depends(job, inputs, around, found)
@@ -99,17 +100,28 @@ def _same(a: Tensor | None, b: Tensor) -> bool:
 
 
 def _checked(job: Job, captured: Captured, inputs: Sequence[Input]) -> Captured:
-    """``captured``, compared with the model on its own input and on one derived of it."""
+    """``captured``, compared with the model on its own input and on one derived of it, at the same time if need be."""
+    derived = derive(inputs, job.tensors)
+    timed = [a if i.role == "timestep" else b for i, a, b in zip(inputs, job.tensors, derived, strict=True)]
+    if not _compared(job, captured, job.tensors):
+        raise CaptureError("its forward does other things around them when it is called with the same inputs again")
+    if _compared(job, captured, derived) or _compared(job, captured, timed):
+        return captured
+    note = "on a second input forward goes another way, so that only the blocks themselves were compared on one"
+    return dataclasses.replace(captured, notes=(*captured.notes, note))
+
+
+def _compared(job: Job, captured: Captured, tensors: Sequence[Tensor]) -> bool:
+    """Whether forward does on ``tensors`` what was captured. CaptureError where its results are not the model's."""
     assert captured.around is not None
-    for tensors in (job.tensors, derive(inputs, job.tensors)):
-        with quiet(), torch.no_grad():
-            want = Flat(shared_copy(job.model), job.spec)(*tensors)
-            try:
-                out = captured.around.call_flat(job.spec, tensors, functools.partial(_run, captured))
-            except Off:
-                continue  # forward goes another way there, and is captured again when such a call comes
-        compare(job.name, [f"out{i}" for i in range(len(want))], want, Packing().note(out))
-    return captured
+    with quiet(), torch.no_grad():
+        want = Flat(shared_copy(job.model, runs=True), job.spec)(*tensors)
+        try:
+            out = captured.around.call_flat(job.spec, tensors, functools.partial(_run, captured))
+        except Off:
+            return False
+    compare(job.name, [f"out{i}" for i in range(len(want))], want, Packing().note(out))
+    return True
 
 
 def _run(captured: Captured, tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -112,7 +112,7 @@ def _watched(job: Job, why: Sequence[str]) -> Captured:
     as operators. ``why``: not without."""
     outside = Outside({})
     while True:
-        twin = shared_copy(job.model)
+        twin = shared_copy(job.model, runs=True)
         recorder = Recorder(twin)
         outside.observe(twin, recorder)
         try:

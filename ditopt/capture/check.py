@@ -88,7 +88,7 @@ def check(
     """Raise CaptureError where the graph and the model differ on a derived input."""
     by_name = dict(zip(spec.names, tensors, strict=True))
     by_name |= differing(program, guard, by_name)
-    flat = Flat(shared_copy(model), spec)
+    flat = Flat(shared_copy(model, runs=True), spec)
     with quiet(), torch.no_grad():
         want = flat(*(by_name[n] for n in spec.names))
         got = results(program, by_name)

@@ -48,6 +48,9 @@ class Deferred(Tensor):
         made.owner, made.value = owner, None
         return made
 
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"Deferred(shape={tuple(self.shape)}, dtype={self.dtype})"  # debuggers ask
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

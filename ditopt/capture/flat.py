@@ -19,9 +19,12 @@ from ditopt.capture.spec import SCALARS, CallSpec, dotted
 from ditopt.offload import keep_shared, strip
 
 
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of the module structure around the same tensors, without the offload hooks of accelerate."""
+def shared_copy(model: nn.Module, runs: bool = False) -> nn.Module:
+    """A deep copy of the module structure around the same tensors, without the offload hooks of accelerate.
+
+    ``runs``: it will run in eager, where forward may write into buffers; then these are copies, too."""
     kept: dict[int, Any] = {**keep_shared(model), **{id(t): t for t in [*model.parameters(), *model.buffers()]}}
+    kept |= {id(t): t.detach().clone() for t in model.buffers() if runs}
     kept.update({id(v): v for module in model.modules() for v in vars(module).values() if is_fake(v)})
     twin = copy.deepcopy(model, kept)
     strip(twin)

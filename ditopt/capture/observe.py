@@ -71,7 +71,7 @@ class _Work(TorchDispatchMode):
 def block_paths(job: Job) -> list[tuple[str, ...]]:
     """Paths of modules that may be the blocks of a model, in the order of their calls: groups of submodules that the
     same module calls, of classes that come twice or more among them. Those that do most of the work come first."""
-    twin = shared_copy(job.model)
+    twin = shared_copy(job.model, runs=True)
     calls: dict[int, dict[type, list[tuple[str, int]]]] = defaultdict(lambda: defaultdict(list))
     numbers = itertools.count()
     running, begun = [next(numbers)], list[int]()
@@ -158,7 +158,12 @@ class Observer(Recorder):
     @property
     def looked(self) -> str:
         """Where Python first learned a value of a tensor: " at file:line (code)", or ""."""
-        return next((r.line for r in self.reads), next((e.line for e in self._events if isinstance(e, _Look)), ""))
+        return next((r.line for r in self.reads), "")
+
+    @property
+    def interrupted(self) -> str:
+        """The same of a tensor that a block gave."""
+        return next((e.line for e in self._events if isinstance(e, _Look) and e.made), "")
 
     def _block(self, path: str, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         operands, tree = self._operands((args, kwargs))

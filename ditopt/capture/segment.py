@@ -114,9 +114,15 @@ class Blocks(nn.Module):
         for step in self.segment.steps:
             leaves = [self._value(leaf, given, made) for leaf in step.operands]
             args, kwargs = pytree.tree_unflatten(leaves, step.arguments)
-            call = self.get_submodule(step.callee) if isinstance(step.callee, str) else step.callee
-            made.append(pytree.tree_leaves(call(*args, **kwargs)))
+            made.append(pytree.tree_leaves(self._callable(step.callee)(*args, **kwargs)))
         return tuple(made[o.step][o.leaf] for o in self.segment.outputs)
+
+    def _callable(self, callee: str | Callable[..., Any]) -> Callable[..., Any]:
+        if not isinstance(callee, str):
+            return callee
+        module = self.get_submodule(callee)
+        # hooks ran in forward, around what the segment holds
+        return module.forward if module._forward_hooks or module._forward_pre_hooks else module
 
     def _value(self, leaf: Any, given: Sequence[Tensor], made: Sequence[Sequence[Any]]) -> Any:
         if isinstance(leaf, Made):

@@ -43,10 +43,12 @@ class Halves(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         c = self.time(sinusoid(t * 1000, WIDTH)) + self.label(label)
+        h = x + 0.1
         if float(t[0]) > 0.5:
-            h = self.early(x)
+            h = self.early(h)
+            c = c * 1.5
         else:
-            h = self.late(x)
+            h = self.late(h)
         for block in self.blocks:
             h = block(h, c)
         return self.head(h)
