@@ -151,5 +151,5 @@ def _read(depends: Mapping[str, Sequence[Role]]) -> str:
     parts = []
     for kind in dict.fromkeys(tuple(roles) for roles in depends.values()):
         names = ", ".join(n for n in depends if tuple(depends[n]) == kind)
-        parts.append(f"{names} on the {' and the '.join(kind) or 'weights alone'}")
+        parts.append(f"{names} on the {' and the '.join(kind) or 'weights and shapes alone'}")
     return f"the blocks read, and what it depends on: {'; '.join(parts)}"

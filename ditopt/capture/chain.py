@@ -86,6 +86,10 @@ def _stepwise(job: Job, why: list[str]) -> Captured:
         return _watched(job, why)
     except Decided as error:
         why.append(f"torch.export with values as constants: {error}")
+        why.append(
+            "a module that stays Python, or a recording of a run: no help, because forward looks around the blocks, and "
+            "a recording would hold the same values"
+        )
         raise
     except Untraceable as error:
         lost = isinstance(error.__cause__, Lost)

@@ -83,7 +83,7 @@ def test_blocks_are_a_graph_of_weights_by_the_models_names():
         ("blocks.0.c", "timestep"),
     ]
     assert {n.split(".")[0] for n in c.program.params} == {"blocks"}
-    assert "3 calls" in c.notes[2]
+    assert "3 calls" in c.notes[3]
     assert c.notes[-1] == "the blocks: captured by torch.export"
 
 

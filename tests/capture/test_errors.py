@@ -125,7 +125,7 @@ def test_what_forward_looks_at_leaves_the_blocks_to_a_graph():
     for note in notes[:2]:
         assert f"{__file__}:{line_of(Branches, 'if x.mean')} (if x.mean() > 0:)" in note
         assert "torch.where" in note
-    assert notes[2].startswith("captured by blocks: blocks.0 .. ")
+    assert notes[3].startswith("captured by blocks: blocks.0 .. ")
 
 
 def test_the_checks_can_pass():
