@@ -87,7 +87,7 @@ def _stepwise(job: Job, why: list[str]) -> Captured:
     except Decided as error:
         why.append(f"torch.export with values as constants: {error}")
         why.append(
-            "a module that stays Python, or a recording of a run: no help, because forward looks around the blocks, and "
+            "a module that stays Python, or a recording of a run: no help, because forward looks around its blocks and "
             "a recording would hold the same values"
         )
         raise

@@ -88,11 +88,11 @@ def describes(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) ->
 
 
 class Around:
-    """``model``, called by its own convention, with ``segment`` run by whoever calls. ``flops``: of a call outside of
-    the segment; ``why``: what forward does that keeps the whole of it from being a graph."""
+    """``model``, called by its own convention, with ``segment`` run by whoever calls. ``line``: " at file:line (code)"
+    of what keeps all of forward from being a graph; ``flops``: of a call outside of the segment."""
 
-    def __init__(self, model: nn.Module, segment: Segment, flops: int = 0, why: str = "") -> None:
-        self.segment, self.flops, self.why = segment, flops, why
+    def __init__(self, model: nn.Module, segment: Segment, line: str = "") -> None:
+        self.segment, self.line, self.flops = segment, line, 0
         self._model, self._twin = model, shared_copy(model).eval()
         self._follower: _Follower | None = None
         self._plain = {path: self._twin.get_submodule(path).forward for path in segment.paths}
@@ -140,6 +140,7 @@ class Around:
                 return self._twin(*args, **kwargs)
         finally:
             self._follower = None
+            follower.release()
 
 
 class _Follower:
@@ -156,6 +157,10 @@ class _Follower:
     def given(self) -> dict[int, Tensor]:
         """The tensors from outside that are known, by number."""
         return {i: t for i, (t, _) in self._given.items()}
+
+    def release(self) -> None:
+        """The call is over: tensors without values, which know their follower, would keep all of its tensors alive."""
+        self._made.clear()
 
     @property
     def done(self) -> bool:

@@ -49,7 +49,7 @@ class Captured:
         if self.around is not None:
             raise BadInput(
                 f"this model cannot be {action}: only its blocks are graphs, and the rest of forward is its own Python"
-                f"{self.around.why}; run it in this process, with target eager or inductor"
+                f"{self.around.line}; run it in this process, with target eager or inductor"
             )
         if self.written:
             raise BadInput(

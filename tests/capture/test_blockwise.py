@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import ditopt
+from ditopt.capture.deferred import Deferred
 from ditopt.errors import BadInput, CaptureError, DitoptError, DitoptWarning, SessionError
 from tests.capture.use import take
 from tests.tiny_models import equal, noise, snapshot
@@ -116,6 +118,21 @@ def test_the_model_is_as_it_was():
     assert equal(before, snapshot(model))
     assert [dict(m._forward_hooks) for m in model.modules()] == hooks
     assert not any("forward" in vars(m) for m in model.modules())
+
+
+@torch.inference_mode()
+def test_nothing_of_a_call_is_kept():
+    """In inference mode too, where nobody counts what is written."""
+    model = make()
+    fast = ditopt.optimize(model, "lossless", target="eager", example_inputs=inputs())
+    gc.collect()
+    gc.disable()
+    try:
+        for k in range(3):
+            assert torch.equal(fast(**inputs(k)), model(**inputs(k)))
+        assert not [o for o in gc.get_objects() if type(o) is Deferred]
+    finally:
+        gc.enable()
 
 
 class Looks(Block):
