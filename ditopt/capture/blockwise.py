@@ -137,10 +137,10 @@ def _unpacked(values: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def _said(found: Found, observer: Observer) -> str:
     steps = [s for s in found.segment.steps if s.is_block]
-    first, last = steps[0].callee, steps[-1].callee
+    ends = dict.fromkeys(str(s.callee) for s in (steps[0], steps[-1]))
     between = f" and {found.segment.between} functions between them" if found.segment.between else ""
     return (
-        f"captured by blocks: {first} .. {last} ({len(steps)} calls{between}) are a graph, with "
+        f"captured by blocks: {' .. '.join(ends)} ({len(steps)} calls{between}) are a graph, with "
         f"{found.flops / max(observer.flops, 1):.0%} of the FLOPs; the rest of forward stays Python and runs in every "
         "step; such a model runs in this process, and cannot be written to a file or as ONNX"
     )

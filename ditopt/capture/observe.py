@@ -264,6 +264,7 @@ class _Cut:
         self.tensors: list[Tensor] = []
         self._place, self._values = place, values
         self._numbers: dict[int, int] = {}
+        self._writes: dict[int, int | None] = {}
         held = (model.named_parameters(), model.named_buffers())
         self._weights = {id(t): name for table in held for name, t in table}
 
@@ -282,6 +283,8 @@ class _Cut:
         tensor = self._values[leaf] if isinstance(leaf, Made) else leaf.tensor
         if id(tensor) in self._weights:
             return Weight(self._weights[id(tensor)])
+        if isinstance(leaf, _Raw) and self._writes.setdefault(id(tensor), leaf.writes) != leaf.writes:
+            raise CaptureError(f"forward writes into {name} between two blocks that read it")
         if id(tensor) not in self._numbers:
             self._numbers[id(tensor)] = len(self.names)
             self.names.append(name if name not in self.names else f"{name}.{len(self.names)}")

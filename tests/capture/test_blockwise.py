@@ -188,6 +188,14 @@ class Between(Model):
         return h
 
 
+class Overwrites(Model):
+    def run(self, h, c, t):
+        for block in self.blocks:
+            h = block(h, c)
+            c.mul_(2)
+        return h
+
+
 class Single(Model):
     """No blocks repeat."""
 
@@ -220,6 +228,7 @@ class Fickle(Model):
         (Remembers, ["changes seen during forward"]),
         (Fickle, ["its forward does other things around them when it is called with the same inputs again"]),
         (Between, ["between any two of its blocks Python looks at values at ", "if h.mean() > 100"]),
+        (Overwrites, ["forward writes into blocks.1.c between two blocks that read it"]),
         (Single, ["it calls no two submodules of one class that do most of its work"]),
     ],
 )
@@ -271,6 +280,25 @@ def test_forward_that_goes_another_way_is_captured_again(cls):
     assert exact(fast, model) == first  # nothing is captured a third time
     assert len(fast.engine.compiled) == 2
     assert fast.stats.calls == 16
+
+
+class Again(Model):
+    """One block over and over; Python looks at what it gave the second time."""
+
+    def run(self, h, c, t):
+        for i in range(6):
+            h = self.blocks[0](h, c)
+            h = h * (0.5 if i == 1 and h.mean() > 0 else 0.75)
+        return h
+
+
+def test_the_longest_run_is_taken_where_python_looks_in_between():
+    model = make(Again)
+    fast = ditopt.optimize(model, "fora{interval=2}", target="eager", example_inputs=inputs(), steps=8)
+    said = next(n for n in fast.compiled.captured.notes if n.startswith("captured by blocks"))
+    assert "blocks.0 (4 calls and 3 functions between them) are a graph, with 65% of the FLOPs" in said
+    assert len(fast.history[1].program.blocks()) == 4
+    assert exact(fast, model) == HALF
 
 
 class Fails(Model):
