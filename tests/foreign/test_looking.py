@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import ditopt
+from ditopt.calibration import record
 from ditopt.capture import bind, capture
-from tests.foreign.base import STEPS, Foreign, run
+from ditopt.fitted import latent_text
+from tests.foreign.base import STEPS, Foreign, run, times
 from tests.foreign.looking import LOOKING
 from tests.foreign.test_foreign import plain_of, same, tensors
 
@@ -99,3 +101,20 @@ def test_it_is_explained():
     assert "blocks.0.x on the latent; blocks.0.c on the timestep and the prompt" in text
     assert text.count("if float(t[0]) > 0.5:") == 2  # once for each way that failed
     assert "blocks.0.c  timestep  float32[2, 32]" in text
+
+
+def test_a_recipe_is_fitted_to_the_models_own_latent_and_times():
+    foreign = LOOKING[0]
+    model, _ = captured(foreign)
+    seen: list[torch.Tensor] = []
+
+    def sampler(denoiser: Any, seed: int) -> torch.Tensor:
+        for step in range(STEPS):
+            seen.append(run(denoiser, foreign.call(step, seed)))
+        return seen[-1]
+
+    profile = record(model, sampler, regions=["latent", "blocks.*.attn"], steps=STEPS, seeds=[3])
+    x = foreign.call(0, 3)[0]  # type: ignore[index]
+    assert profile.key["latent"] == latent_text(x)
+    assert profile.times.tolist() == [float(times(step)[0]) for step in range(STEPS)]
+    assert sum(map(len, profile.regions.values())) == 1 + foreign.blocks
