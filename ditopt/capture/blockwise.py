@@ -23,7 +23,7 @@ from ditopt.capture.check import compare, derive, results
 from ditopt.capture.deferred import Around, Off
 from ditopt.capture.flat import Flat, Packing, shared_copy
 from ditopt.capture.job import Captured, Job
-from ditopt.capture.observe import Found, Observer, block_paths
+from ditopt.capture.observe import LEAST, Found, Observer, block_paths
 from ditopt.capture.segment import Blocks
 from ditopt.capture.spec import bind
 from ditopt.errors import CaptureError
@@ -39,7 +39,7 @@ def blockwise(job: Job, whole: Whole, why: Sequence[str], verify: bool = True) -
     CaptureError where the blocks are no graph either."""
     groups = block_paths(job)
     if not groups:
-        raise CaptureError("it calls no two submodules of one class that do most of its work")
+        raise CaptureError(f"it calls no two submodules of one class, or such do less than {LEAST:.0%} of its work")
     first: CaptureError | None = None
     for paths in groups:
         try:

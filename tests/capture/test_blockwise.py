@@ -229,7 +229,7 @@ class Fickle(Model):
         (Fickle, ["its forward does other things around them when it is called with the same inputs again"]),
         (Between, ["between any two of its blocks Python looks at values at ", "if h.mean() > 100"]),
         (Overwrites, ["forward writes into blocks.1.c between two blocks that read it"]),
-        (Single, ["it calls no two submodules of one class that do most of its work"]),
+        (Single, ["it calls no two submodules of one class, or such do less than 25% of its work"]),
     ],
 )
 def test_what_cannot_be_captured_is_said(cls, says):
