@@ -54,5 +54,5 @@ def clock_bits(timestep: Tensor) -> bytes:
     host = timestep.detach().cpu().contiguous()
     # one expanded number counts as contiguous whatever its stride is, and would not view as bytes
     dense = host.as_strided((host.numel(),), (1,))
-    content = dense.view(torch.uint8).numpy()
-    return content.tobytes() if content.nbytes <= LONG else hashlib.sha256(content).digest()
+    content = dense.view(torch.uint8).numpy().tobytes()
+    return content if len(content) <= LONG else hashlib.sha256(content).digest()

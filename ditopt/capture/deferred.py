@@ -94,6 +94,7 @@ class Around:
     def __init__(self, model: nn.Module, segment: Segment, line: str = "") -> None:
         self.segment, self.line, self.flops = segment, line, 0
         self._model, self._twin = model, shared_copy(model).eval()
+        self._pairs = list(zip(self._twin.modules(), model.modules(), strict=True))
         self._follower: _Follower | None = None
         self._plain = {path: self._twin.get_submodule(path).forward for path in segment.paths}
         for path in segment.paths:
@@ -131,7 +132,7 @@ class Around:
         return follower.given
 
     def _follow(self, follower: _Follower, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        for twin, live in zip(self._twin.modules(), self._model.modules(), strict=True):
+        for twin, live in self._pairs:
             twin.__dict__["_parameters"] = live._parameters  # as they are now; what is exchanged is seen
             twin.__dict__["_buffers"] = dict(live._buffers)  # the copy may keep tables of its own in them
         self._follower = follower
