@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C import DisableTorchFunctionSubclass
 from torch._guards import detect_fake_mode
 from torch._ops import HigherOrderOperator as HigherOrder
 from torch._ops import OpOverload
@@ -25,6 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "DisableTorchFunctionSubclass",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrder",

@@ -148,7 +148,7 @@ def export_onnx(
     ``steps`` (or ``timesteps``, which a predictor in the model's time needs). An OptimizedModule exports what it runs.
     """
     captured, history, used = _programs(model, recipe, example_inputs, steps, roles)
-    captured.refuse_writes("exported")
+    captured.refuse_file("exported")
     program = fold_constants(seal(history[-1].program if history else captured.program, captured.guard))
     times = [float(t) for t in timesteps] if timesteps is not None else None
     if times is not None and steps is not None and len(times) != steps:

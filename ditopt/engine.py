@@ -6,6 +6,7 @@ keep the same reports.
 
 from __future__ import annotations
 
+import functools
 import shutil
 import tempfile
 import warnings
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ditopt.artifact import Manifest, Plan
-from ditopt.capture import CallSpec, Captured, Captures, bind, by_name
+from ditopt.capture import CallSpec, Captured, Captures, Off, bind, by_name
 from ditopt.codegen.build import build, export
 from ditopt.codegen.variants import MOST, choices_of, pick, without_skipped, worth
 from ditopt.errors import BadInput, DitoptWarning, SessionError, StaleWeights
@@ -117,6 +118,8 @@ class Engine:
         self._check()
         spec, every = bind(self.model, args, kwargs)
         compiled, tensors = self.prepare(spec, every), every
+        if compiled.captured.around is not None:
+            return self._call_around(compiled, spec, every, args, kwargs)
         if self.weights:
             self._given = {n: t for n, t in zip(spec.names, tensors, strict=True) if n in self.weights}
             tensors = [t for n, t in zip(spec.names, tensors, strict=True) if n not in self.weights]
@@ -126,11 +129,54 @@ class Engine:
             self._drop(next(reversed(self.compiled)))
             compiled = self.prepare(spec, every)
             results = self.session.call(compiled.plan, tensors)
-        if self._fitted is not None:
-            self._fitted.look(self.session, lambda calls: self._running(calls, compiled, spec, every))
+        self._look(compiled, spec, every)
         if compiled.captured.put is not None:
             compiled.captured.put(results, by_name(self.model, args, kwargs))
         return compiled.captured.pack(results)
+
+    def _call_around(
+        self,
+        compiled: Compiled,
+        spec: CallSpec,
+        tensors: Sequence[Tensor],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """One step of a model of which the blocks are compiled: its own forward, with a step of theirs inside. Where
+        forward goes another way, what it does with its blocks there is compiled, too."""
+        tried: list[Compiled] = []
+        captured = 0  # how often the model was captured for this very call
+        while True:
+            around = compiled.captured.around
+            assert around is not None
+            try:
+                with self.session.whole():
+                    out = around.call(args, kwargs, functools.partial(self._blocks, compiled, tensors))
+                break
+            except Off as off:
+                tried, before = [*tried, compiled], self._count
+                if captured:
+                    raise SessionError(
+                        f"forward of {type(self.model).__name__} goes two ways for one call{off.line}: around its "
+                        "blocks it must do the same things for the same inputs"
+                    ) from None
+                compiled = self.prepare(spec, tensors, tried, off.line)
+                captured += self._count - before
+        self.session.stats.count_outside(around.flops)
+        self._look(compiled, spec, tensors)
+        return out
+
+    def _blocks(self, compiled: Compiled, tensors: Sequence[Tensor], read: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The outputs of the blocks for what they ``read`` in a call with these ``tensors``."""
+        names = [i.name for i in compiled.captured.program.inputs]
+        given = dict(zip(names, [*tensors, *read], strict=True))
+        if line := compiled.valid.broken(given):
+            raise Off(line)
+        return self.session.call(compiled.plan, list(given.values()))
+
+    def _look(self, compiled: Compiled, spec: CallSpec, tensors: Sequence[Tensor]) -> None:
+        if self._fitted is not None:
+            self._fitted.look(self.session, lambda calls: self._running(calls, compiled, spec, tensors))
 
     def _running(self, calls: int, compiled: Compiled, spec: CallSpec, tensors: Sequence[Tensor]) -> dict[str, str]:
         """What runs, by the keys of ``ditopt.fitted``."""
@@ -143,18 +189,25 @@ class Engine:
             now |= {"latent": latent_text(latent), "guidance": guidance_text(calls, latent)}
         return now
 
-    def prepare(self, spec: CallSpec, tensors: Sequence[Tensor]) -> Compiled:
+    def prepare(
+        self, spec: CallSpec, tensors: Sequence[Tensor], tried: Sequence[Compiled] = (), line: str = ""
+    ) -> Compiled:
         """The compiled signature of a call; captured and rewritten the first time, and where Python of the model would
-        now read other values than those that the graph holds."""
+        now read other values than those that the graph holds, or, at ``line``, does other things around its blocks than
+        in the ``tried`` ones."""
         given = dict(zip(spec.names, tensors, strict=True))
         alike = [n for n, c in reversed(self.compiled.items()) if c.captured.spec.key == spec.key]
         broken = ""
         for number in alike:
-            broken = self.compiled[number].valid.broken(given)
+            found = self.compiled[number]
+            if any(found is c for c in tried):
+                continue
+            if found.captured.around is None:
+                broken = found.valid.broken(given)
             if not broken:
                 self.compiled.move_to_end(number)
                 return self.compiled[number]
-        notice(spec, [c.captured.spec for c in self.compiled.values()], broken)
+        notice(spec, [c.captured.spec for c in self.compiled.values()], broken, line if tried else None)
         self.shelves.restore()  # the model runs while it is captured
         try:
             found = self._compile(self.captures.take(spec, tensors), given)
@@ -210,6 +263,13 @@ class Engine:
         self._captured, self._place = None, _place(self.model)
 
     def _compile(self, captured: Captured, given: Mapping[str, Tensor]) -> Compiled:
+        if captured.around is not None and self.target == "onnxruntime":
+            captured.refuse_file("run by onnxruntime")
+        if captured.around is not None and self.shelves.mode != "keep":
+            raise BadInput(
+                f"release={self.shelves.mode!r} given, and of this model only the blocks are compiled: the rest of "
+                "forward is its own Python and needs its weights; leave release out"
+            )
         history = rewrite(captured, self.recipe, self.target, self.steps, self.piece, given)
         program = history[-1].program if history else captured.program
         more = describe_for(captured, history, self.recipe, self.steps)

@@ -41,7 +41,7 @@ def save(model: OptimizedModule, path: str | Path) -> Path:
     refuse_modules(model.program, "be written")
     model.release.require_all("saved")
     compiled, folder = model.compiled, Path(path)
-    compiled.captured.refuse_writes("saved")
+    compiled.captured.refuse_file("saved")
     if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise BadInput(f"{folder} exists and is not a saved model; give another path, or an empty folder")
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -35,10 +35,18 @@ class Valid:
         return self._broken[number]
 
 
-def notice(spec: CallSpec, before: Sequence[CallSpec], broken: str) -> None:
-    """A DitoptWarning where a call is captured again for a reason that its author may not see: ``broken`` says where
-    the model reads another value, or a list of ``spec`` has another length than in the newest of ``before``."""
-    if broken:
+def notice(spec: CallSpec, before: Sequence[CallSpec], broken: str, way: str | None = None) -> None:
+    """A DitoptWarning where a call is captured again for a reason that its author may not see: ``way`` says where
+    forward goes another way around its blocks, ``broken`` where the model reads another value, or a list of ``spec``
+    has another length than in the newest of ``before``."""
+    if way is not None:
+        warnings.warn(
+            f"the model is captured again: around its blocks forward does other things{way} than in the calls captured "
+            "so far; each way has a graph of its own, and caches that start empty",
+            DitoptWarning,
+            stacklevel=6,
+        )
+    elif broken:
         warnings.warn(
             f"the model is captured again: its Python reads a value{broken} that is another for these inputs; each "
             "value has a graph of its own",

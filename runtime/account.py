@@ -52,6 +52,11 @@ class Stats:
     memo_hits: int = 0
     memo_drops: int = 0
 
+    def count_outside(self, flops: int) -> None:
+        """A call also executed ``flops`` that no step graph holds, as the plain model does."""
+        self.flops += flops
+        self.full_flops += flops
+
     @property
     def syncs(self) -> int:
         """Another name of ``reads``."""

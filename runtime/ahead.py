@@ -7,12 +7,16 @@ not guessed at; its table is filled row by row.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ditopt.runtime.same import bits
+
+LONG = 1024
+"""Bytes of a timestep input that a table keeps as they are."""
 
 _PASSED: tuple[Callable[[Tensor, torch.dtype], Tensor], ...] = (
     lambda t, dtype: t.to(dtype),
@@ -45,8 +49,10 @@ def ahead(times: Sequence[float] | Tensor | None, now: Tensor) -> list[Tensor]:
 
 
 def clock_bits(timestep: Tensor) -> bytes:
-    """The content of a timestep input: the key of its row in a table."""
+    """The content of a timestep input: the key of its row in a table. Of a long one (an embedding of the time) it is
+    the hash."""
     host = timestep.detach().cpu().contiguous()
     # one expanded number counts as contiguous whatever its stride is, and would not view as bytes
     dense = host.as_strided((host.numel(),), (1,))
-    return dense.view(torch.uint8).numpy().tobytes()
+    content = dense.view(torch.uint8).numpy().tobytes()
+    return content if len(content) <= LONG else hashlib.sha256(content).digest()

@@ -80,6 +80,7 @@ class Session:
         self._announced: Sequence[float] | Tensor | None = None
         self._masks: dict[str, str] = {}
         self._fitted: dict[str, Rows] = {}
+        self._pending: list[tuple[Ready, Tick, _Done]] | None = None
 
     @property
     def schedule_rows(self) -> list[Row]:
@@ -208,8 +209,28 @@ class Session:
         except BaseException:
             self.clock.rollback()
             raise
-        self._commit(ready, tick, done)
+        if self._pending is not None:
+            self._pending.append((ready, tick, done))
+        else:
+            self._commit(ready, tick, done)
         return done.results
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """A call inside the block is a part of what it stands for: it counts when the block ends, and after an
+        exception the session is as before it."""
+        pending: list[tuple[Ready, Tick, _Done]] = []
+        self._pending = pending
+        try:
+            yield
+        except BaseException:
+            if pending:
+                self.clock.rollback()
+            raise
+        finally:
+            self._pending = None
+        for ready, tick, done in pending:
+            self._commit(ready, tick, done)
 
     def _ready(self, plan: Plan) -> Ready:
         found = self._plans.get(id(plan))  # the entry holds the plan, so its id is not another's

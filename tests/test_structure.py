@@ -209,7 +209,9 @@ class Parallel(nn.Module):
 
 
 class FeedFirst(nn.Module):
-    """Blocks that feed forward and then attend twice: a block is taken to begin with its attention, here too."""
+    """Blocks that feed forward and then attend twice; ``bare``: the first of them has no feed-forward."""
+
+    bare = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,13 +219,70 @@ class FeedFirst(nn.Module):
         self.qkvs = nn.ModuleList(nn.Linear(16, 48) for _ in range(6))
 
     def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        x = x + timestep[:, None, None]
+        x = self.stem(x + timestep[:, None, None])
         for i, mlp in enumerate(self.mlps):
-            x = x + mlp(F.layer_norm(x, (16,)))
+            x = x if self.bare and not i else x + mlp(F.layer_norm(x, (16,)))
             for qkv in (self.qkvs[2 * i], self.qkvs[2 * i + 1]):
                 q, k, v = qkv(F.layer_norm(x, (16,))).chunk(3, -1)
                 x = x + F.scaled_dot_product_attention(q, k, v)
         return x
+
+    def stem(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class AttendLast(FeedFirst):
+    """The last block lacks what it would feed forward by."""
+
+    bare = True
+
+
+class Stemmed(AttendLast):
+    """The same behind a residual stem, which feeds forward too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+
+    def stem(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.wide(x)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + F.scaled_dot_product_attention(*self.qkv(F.layer_norm(x, (16,))).chunk(3, -1))
+
+
+class Convolving(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv1d(16, 16, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.silu(self.convs[0](F.layer_norm(x, (16,)).transpose(1, 2)))
+        return x + self.convs[1](h).transpose(1, 2)
+
+
+class Listed(nn.Module):
+    """A list of modules, one after the other."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = x + timestep[:, None, None]
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def parts(*kinds: type[nn.Module]) -> list[nn.Module]:
+    return [kind() for kind in kinds]
 
 
 class Reattending(nn.Module):
@@ -255,6 +314,17 @@ STRUCTURES: dict[
     "global skip": (lambda: GlobalSkip(depth=3), ZOO["plain"].inputs(), "AAA", [0, 0, 0], 0),
     "parallel": (Parallel, TOKENS, "AAA", [0, 0, 0], 0),
     "reattending": (Reattending, TOKENS, "AAA", [0, 0, 0], 0),
+    "feeds first": (FeedFirst, TOKENS, "AAA", [0, 0, 0], 0),
+    # a block is what attends and feeds, whether two entries of a list are one, or one entry is two
+    "attends, convolves": (lambda: Listed(*parts(*(Attending, Convolving) * 3)), TOKENS, "AAA", [0, 0, 0], 0),
+    "convolves, attends": (lambda: Listed(*parts(*(Convolving, Attending) * 3)), TOKENS, "AAA", [0, 0, 0], 0),
+    "two in one": (
+        lambda: Listed(*(nn.Sequential(*parts(*(Attending, Convolving) * 2)) for _ in range(2))),
+        TOKENS,
+        "AAAA",
+        [0] * 4,
+        0,
+    ),
     "tables": (Tables, ZOO["plain"].inputs(), "AAA", [0, 0, 0], 0),
 }
 
@@ -320,8 +390,9 @@ def test_the_flat_graph_of_dynamo_has_the_same_structure(name):
     ]
 
 
-def test_what_is_left_of_blocks_that_attend_last_is_one_block():
-    program = outlined(noise(FeedFirst()), **TOKENS)
+@pytest.mark.parametrize("cls", [AttendLast, Stemmed])
+def test_what_is_left_of_blocks_that_attend_last_is_one_block(cls):
+    program = outlined(noise(cls()), **TOKENS)
     assert classes(program) == [2, 1]
     assert [sorted(set(roles(program, f"blocks.{i}"))) for i in range(3)] == [["attn", "mlp"]] * 2 + [["attn"]]
 

@@ -46,13 +46,15 @@ STREAMS = "streams"
 
 class Work:
     """One run over the seeds. ``regions``: what is still to be recorded. ``names``: the selectors recorded in it ->
-    names of their values; ``flops`` of them; ``model``: the model's text (ditopt/fitted.py)."""
+    names of their values; ``flops`` of them; ``model``: the model's text (ditopt/fitted.py); ``given``: the inputs of
+    the model in the running call, where its blocks alone are a graph, which may not read them."""
 
     def __init__(self, tape: Tape, regions: Sequence[str], roles: Mapping[str, Role] | None) -> None:
         self.tape, self.regions, self.roles = tape, regions, roles
         self.names: dict[str, tuple[str, ...]] = {}
         self.flops: dict[str, int] = {}
         self.model = UNKNOWN
+        self.given: dict[str, Tensor] = {}
 
     def engine(self, model: nn.Module, *_: Any, **__: Any) -> Engine:
         """In the place of ``Engine``; everything else that an engine is told is fixed here."""
@@ -66,6 +68,10 @@ class Recorder(Engine):
         super().__init__(model, "canonicalize, outline_blocks", "eager", None, work.roles)
         self.session = Session(work.tape.event)
         self._work = work
+
+    def _blocks(self, compiled: Compiled, tensors: Sequence[Tensor], read: Sequence[Tensor]) -> Sequence[Tensor]:
+        self._work.given = dict(zip(compiled.captured.spec.names, tensors, strict=True))
+        return super()._blocks(compiled, tensors, read)
 
     def _compile(self, captured: Captured, given: Mapping[str, Tensor]) -> Compiled:
         if not any(i.role == "timestep" for i in captured.program.inputs):
@@ -222,7 +228,7 @@ def _tapped(run: Executable, full: Lowered, values: Mapping[str, int], work: Wor
 
     def tapped(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         outputs = run(inputs)
-        given = {f.ref: v for f, v in zip(full.graph.inputs, inputs, strict=True) if f.kind == "input"}
+        given = work.given | {f.ref: v for f, v in zip(full.graph.inputs, inputs, strict=True) if f.kind == "input"}
         latent = latent_of(program, given)
         time = next((float(given[n].detach().double().max()) for n in times if n in given), float("nan"))
         kept = {name: outputs[i] for name, i in values.items()}

@@ -4,7 +4,9 @@
 of the model (the live one is not touched, its weights are shared by handle), functionalises it with a decomposition
 table that keeps attention, norms, linears and activations whole, and checks the graph against the model on a second,
 derived input. ``opened`` takes arguments apart that are objects, and knows what a model writes into them. ``replay``
-and ``guard`` serve models whose Python looks at values of the prompt. ``captures`` keeps what one model's signatures
+and ``guard`` serve models whose Python looks at values of the prompt; where it looks at the latent or the timestep,
+modules stay Python inside the graph (``outside``) or forward does around a graph of its blocks (``blockwise``, with
+``observe``, ``segment`` and ``deferred``). ``captures`` keeps what one model's signatures
 have in common: from the third shape on they come from one graph (``dynamic``).
 
 ``aten`` inventory: ``run_decompositions({})`` (torch 2.11-2.13) functionalises and keeps composite operators, and puts
@@ -15,6 +17,7 @@ attention into softmax and matmuls.
 from ditopt.capture.captures import Captures
 from ditopt.capture.chain import capture
 from ditopt.capture.check import derive
+from ditopt.capture.deferred import Off
 from ditopt.capture.flat import shared_copy
 from ditopt.capture.guard import Guard
 from ditopt.capture.job import Captured
@@ -26,6 +29,7 @@ __all__ = [
     "Captured",
     "Captures",
     "Guard",
+    "Off",
     "arguments_of",
     "bind",
     "by_name",

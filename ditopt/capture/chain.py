@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from ditopt.capture import where
 from ditopt.capture.aside import quiet
+from ditopt.capture.blockwise import blockwise
 from ditopt.capture.check import check
 from ditopt.capture.flat import Flat, Packing, shared_copy
 from ditopt.capture.graph import Untraceable
 from ditopt.capture.guard import Decided, Guard, split
 from ditopt.capture.job import Captured, Job, first_line, refuse_packing
+from ditopt.capture.observe import block_paths
 from ditopt.capture.outside import Outside
 from ditopt.capture.replay import Lost, Recorder, Replayer
 from ditopt.capture.spec import CallSpec
@@ -41,30 +44,52 @@ def capture(
     Program instead of inputs (a graph from Dynamo takes its weights as arguments). A copy is traced that shares the
     weights; the model itself is not touched.
 
-    Four ways are tried: torch.export; the same with the values that Python looks at replayed as constants, under a
+    Five ways are tried: torch.export; the same with the values that Python looks at replayed as constants, under a
     guard (``replay``); that with the modules that look at the latent as operators (``outside``); a record of a real
-    run, with the same guard (``tracer``). The notes say why each step down was taken. Raises CaptureError when the
-    model cannot be captured (with the model's own line) or when the graph does not compute what the model computes on a
-    derived input.
+    run, with the same guard (``tracer``); all of these for the blocks alone, with the rest of forward left to Python
+    (``blockwise``). The notes say why each step down was taken. Raises CaptureError when the model cannot be captured
+    (with the model's own line) or when the graph does not compute what the model computes on a derived input.
     """
     job = Job(model, spec, tensors, roles or {}, weights)
-    captured = _plain(job) if job.fake else _stepwise(job)
-    if verify and not job.fake:
-        checked = check(model, spec, captured.program, captured.guard, tensors)
-        captured = dataclasses.replace(captured, notes=(*captured.notes, *checked.notes))
-    return captured
+    if job.fake:
+        return _plain(job)
+    why: list[str] = []
+    try:
+        return _whole(job, why, verify)
+    except Untraceable as error:
+        if job.weights:
+            raise  # a graph of Dynamo has no modules
+        stopped = error
+    try:
+        return blockwise(job, lambda blocks: _whole(blocks, [], verify), why, verify)
+    except CaptureError as error:
+        raise CaptureError(f"{stopped} Nor can its blocks be captured alone: {error}") from stopped
 
 
-def _stepwise(job: Job) -> Captured:
-    """By the plainest way that serves; the notes say why those before it did not."""
+def _whole(job: Job, why: list[str], verify: bool) -> Captured:
+    """All of the model as one graph."""
+    captured = _stepwise(job, why)
+    if not verify:
+        return captured
+    checked = check(job.model, job.spec, captured.program, captured.guard, job.tensors)
+    return dataclasses.replace(captured, notes=(*captured.notes, *checked.notes))
+
+
+def _stepwise(job: Job, why: list[str]) -> Captured:
+    """By the plainest way that serves; the notes, and ``why``, say why those before it did not."""
     try:
         return _plain(job)
     except Untraceable as error:
         stopped = error
-    why = [f"torch.export alone: {stopped}"]
+    why.append(f"torch.export alone: {stopped}")
     try:
         return _watched(job, why)
-    except Decided:
+    except Decided as error:
+        why.append(f"torch.export with values as constants: {error}")
+        why.append(
+            "a module that stays Python, or a recording of a run: no help, because forward looks around its blocks and "
+            "a recording would hold the same values"
+        )
         raise
     except Untraceable as error:
         lost = isinstance(error.__cause__, Lost)
@@ -72,9 +97,10 @@ def _stepwise(job: Job) -> Captured:
         why.append(f"torch.export with values as constants: {error.__cause__ if lost else error}")
     try:
         return _recorded(job, why)
-    except Decided:
-        raise
     except Untraceable as error:
+        why.append(f"a recording of a run: {error}")
+        if isinstance(error, Decided):
+            raise
         raise last from error
 
 
@@ -90,7 +116,7 @@ def _watched(job: Job, why: Sequence[str]) -> Captured:
     as operators. ``why``: not without."""
     outside = Outside({})
     while True:
-        twin = shared_copy(job.model)
+        twin = shared_copy(job.model, runs=True)
         recorder = Recorder(twin)
         outside.observe(twin, recorder)
         try:
@@ -105,9 +131,15 @@ def _watched(job: Job, why: Sequence[str]) -> Captured:
         try:
             return _replayed(job, recorder, outside, why)
         except Decided as error:
-            if outside.paths or any(not r.module for r in error.reads):
-                raise  # the model itself looks: nothing would be left for a graph
+            if outside.paths or not _around(job).isdisjoint(r.module for r in error.reads):
+                raise  # too little would be left for a graph
             outside = Outside({r.module: r.line for r in error.reads})
+
+
+def _around(job: Job) -> set[str]:
+    """Paths of the modules that hold all of the model's blocks, and of blocks that are no use outside of the graph."""
+    groups = [job.blocks] if job.blocks else block_paths(job)
+    return {"", *job.blocks, *(path[:i] for path in chain(*groups[:1]) for i, c in enumerate(path) if c == ".")}
 
 
 def _replayed(job: Job, recorder: Recorder, outside: Outside, why: Sequence[str]) -> Captured:

@@ -19,9 +19,12 @@ from ditopt.capture.spec import SCALARS, CallSpec, dotted
 from ditopt.offload import keep_shared, strip
 
 
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of the module structure around the same tensors, without the offload hooks of accelerate."""
+def shared_copy(model: nn.Module, runs: bool = False) -> nn.Module:
+    """A deep copy of the module structure around the same tensors, without the offload hooks of accelerate.
+
+    ``runs``: it will run in eager, where forward may write into buffers; then these are copies, too."""
     kept: dict[int, Any] = {**keep_shared(model), **{id(t): t for t in [*model.parameters(), *model.buffers()]}}
+    kept |= {id(t): t.detach().clone() for t in model.buffers() if runs}
     kept.update({id(v): v for module in model.modules() for v in vars(module).values() if is_fake(v)})
     twin = copy.deepcopy(model, kept)
     strip(twin)
@@ -152,7 +155,7 @@ class Flat(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         bound = self.spec.unflatten(tensors)
-        args, kwargs = _split(self.model, bound)
+        args, kwargs = arguments_of_call(self.model, bound)
         held = opened.leaves(bound)
         before = _python_state(self.model)  # compared here: torch.export puts attributes back when it is done
         # only in a trace: any such mode keeps eager from its fused kernels
@@ -163,7 +166,7 @@ class Flat(nn.Module):
         return (*self.packing.note(out), *self.packing.note_writes(held, bound), *self._more())
 
 
-def _split(model: nn.Module, bound: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+def arguments_of_call(model: nn.Module, bound: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """Bound arguments as positional and keyword ones (``forward(self, *xs)`` and positional-only need the former)."""
     args: list[Any] = []
     kwargs = dict(bound)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ditopt._torch import is_fake
 from ditopt.capture import flex, where
 from ditopt.capture.aside import forgetful, quiet
+from ditopt.capture.deferred import Around
 from ditopt.capture.flat import Flat, Packing
 from ditopt.capture.functional import functionalised, is_functional
 from ditopt.capture.graph import Untraceable, refuse_symbols, to_program
@@ -28,6 +29,8 @@ class Captured:
     ``guard``: what must hold of the inputs beyond their signature, where anything must. ``put(results, arguments)``
     writes into the arguments of a call what the model writes into them (a cache of keys and values); None where it
     writes nothing. ``written``: dotted names of the tensors among that, which are results after those of the output.
+    ``around``: the rest of the model's forward, where the Program is that of its blocks alone: it reads what they read,
+    after the inputs of the model.
     """
 
     program: Program
@@ -38,9 +41,16 @@ class Captured:
     guard: Guard | None = None
     put: Callable[[Sequence[Tensor], Any], None] | None = None
     written: tuple[str, ...] = ()
+    around: Around | None = None
 
-    def refuse_writes(self, action: str) -> None:
-        """BadInput where the model writes tensors into its arguments, which a file cannot. ``action``: "exported"."""
+    def refuse_file(self, action: str) -> None:
+        """BadInput where a call is more than graphs: where the model writes tensors into its arguments, or only its
+        blocks are captured. ``action``: "exported"."""
+        if self.around is not None:
+            raise BadInput(
+                f"this model cannot be {action}: only its blocks are graphs, and the rest of forward is its own Python"
+                f"{self.around.line}; run it in this process, with target eager or inductor"
+            )
         if self.written:
             raise BadInput(
                 f"this call cannot be {action}: it writes {self.written[0]} into its arguments, and a file has nothing "
@@ -50,13 +60,15 @@ class Captured:
 
 @dataclass(frozen=True)
 class Job:
-    """One signature of a model that is to be captured."""
+    """One signature of a model that is to be captured. ``blocks``: paths of modules that are no use outside of the
+    graph."""
 
     model: nn.Module
     spec: CallSpec
     tensors: Sequence[Tensor]
     roles: Mapping[str, Role]
     weights: Collection[str]
+    blocks: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

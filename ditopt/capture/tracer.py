@@ -69,7 +69,7 @@ class Recorded(nn.Module):
 
 def record(model: nn.Module, spec: CallSpec, tensors: Sequence[Tensor]) -> Recorded:
     """Run ``model`` once for the call of ``spec``. Errors of the model pass through."""
-    twin = shared_copy(model)
+    twin = shared_copy(model, runs=True)
     tracer = _Tracer(twin)
     flat = Flat(twin, spec, tracer.around)
     given = [t.detach().clone() for t in tensors]  # the model may write into them

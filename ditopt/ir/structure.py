@@ -5,7 +5,8 @@ module path, class or argument name is read, and blocks need not repeat:
 
 * **Level.** In a block, attention comes first and what it gathered is then fed through MLPs. So a block begins where a
   branch attends to what an earlier branch fed forward: the level of a branch counts these turns along its longest
-  path. The branches of several streams (image and text) have the same levels whatever the order of their trace.
+  path. The branches of several streams (image and text) have the same levels whatever the order of their trace. Where
+  all begins with a branch that feeds, and ends with one that attends, the turns from attending to feeding are counted.
 * **Component.** Branches of one level are one block where they share operators (joint attention) or where one reads
   the other with no layer between them that belongs to no branch. Two towers that run side by side stay apart.
 * **Chain.** Blocks that continue each other are a chain. The main one sees the latent and does most of the work; all
@@ -144,8 +145,9 @@ def _near(branches: Sequence[Branch], reach: Reach) -> dict[fx.Node, set[fx.Node
     return found
 
 
-def _levels(branches: Sequence[Branch], reach: Reach) -> dict[fx.Node, int]:
-    """How often, on the longest path to each branch, one attends to what an earlier one fed forward."""
+def _levels(branches: Sequence[Branch], reach: Reach, feeds_first: bool = False) -> dict[fx.Node, int]:
+    """How often, on the longest path to each branch, one attends to what an earlier one fed forward; with
+    ``feeds_first``, how often one feeds forward what an earlier one attended to."""
     levels: dict[fx.Node, int] = {}
     for i, b in enumerate(branches):
         behind, read = reach.above[reach.place[b.sum]], reach.above[reach.place[b.value]]
@@ -153,14 +155,31 @@ def _levels(branches: Sequence[Branch], reach: Reach) -> dict[fx.Node, int]:
         for a in branches[:i]:
             at = reach.place[a.sum]
             if behind >> at & 1:
-                level = max(level, levels[a.sum] + bool(b.attends and a.feeds and read >> at & 1))
+                turns = b.feeds and a.attends if feeds_first else b.attends and a.feeds
+                level = max(level, levels[a.sum] + bool(turns and read >> at & 1))
         levels[b.sum] = level
     return levels
 
 
+def _blocks_of(branches: Sequence[Branch], reach: Reach) -> dict[fx.Node, int]:
+    """The level of each branch: by blocks that feed first where there are fewer of these, of which the first two begin
+    alike (a feed-forward stem is no block)."""
+    levels = _levels(branches, reach)
+    if not branches or branches[0].attends or branches[-1].feeds:
+        return levels
+    turned = _levels(branches, reach, feeds_first=True)
+    first, second = (next((b for b in branches if turned[b.sum] == k), None) for k in (0, 1))
+    alike = second is not None and first is not None and _kind(first, reach) == _kind(second, reach)
+    return turned if alike and max(turned.values()) < max(levels.values()) else levels
+
+
+def _kind(branch: Branch, reach: Reach) -> tuple[Hashable, ...]:
+    return tuple(label(n) for n in reach.members(branch.inside))
+
+
 def _groups(branches: Sequence[Branch], near: Mapping[fx.Node, set[fx.Node]], reach: Reach) -> list[list[Branch]]:
     """The branches of each block, in the order of levels."""
-    level = _levels(branches, reach)
+    level = _blocks_of(branches, reach)
     links = [
         (i, j) for i, j in _links([[b] for b in branches], near) if level[branches[i].sum] == level[branches[j].sum]
     ]
@@ -213,8 +232,8 @@ def _attentions_before(
 
 def _copies(group: list[Branch], reach: Reach, least: int = 1) -> list[list[Branch]]:
     """Equal parts, of ``least`` branches or more, of a group of which no turn tells where a block ends: its smallest
-    period. The last of blocks that feed first and attend last is such a group."""
-    kinds = [tuple(label(n) for n in reach.members(b.inside)) for b in group]
+    period. The last of blocks that attend twice, where nothing is fed forward any more, is such a group."""
+    kinds = [_kind(b, reach) for b in group]
     for period in range(least, len(group) // 2 + 1):
         if len(group) % period == 0 and kinds[period:] == kinds[:-period]:
             return [group[i : i + period] for i in range(0, len(group), period)]

@@ -25,6 +25,7 @@ def test_an_output_that_is_not_finite_proves_nothing_and_is_refused_nowhere():
         ("latent", torch.full((3,), 2.0), lambda a, b: not (a == b).any()),
         ("prompt", torch.zeros(3), lambda a, b: not (a == b).any()),
         ("prompt", torch.arange(9), lambda a, b: not torch.equal(a, b) and set(b.tolist()) <= set(a.tolist())),
+        ("prompt", torch.tensor([3, 10]), lambda a, b: not torch.equal(a, b)),
         ("prompt", torch.ones(2, 5), lambda a, b: b.sum() == 8 and not b[:, -1].any()),
         ("prompt", torch.ones(2, 5, dtype=torch.bool), lambda a, b: b.sum() == 8),
         ("prompt", torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]), lambda a, b: b.tolist() == [[1, 1, 0, 0], [1, 0, 0, 1]]),

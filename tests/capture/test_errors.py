@@ -93,7 +93,6 @@ def line_of(cls: type, text: str) -> int:
 @pytest.mark.parametrize(
     ("cls", "words"),
     [
-        (Branches, [lambda: f"{__file__}:{line_of(Branches, 'if x.mean')} (if x.mean() > 0:)", "torch.where"]),
         (Breaks, [lambda: f"{__file__}:{line_of(Breaks, 'self.nothing')}", "AttributeError", "nothing"]),
         (Counts, ["changes its attribute step during forward", "Make it an input of forward"]),
         (CountsInside, ["changes its attribute seen.steps.0 during forward"]),
@@ -118,6 +117,15 @@ def test_what_cannot_be_a_graph_is_said_and_leaves_the_model_alone(cls, words):
         assert (word() if callable(word) else word) in message, message
     assert equal(before, snapshot(model))
     assert all(torch.equal(given[k], v) for k, v in inputs.items())
+
+
+def test_what_forward_looks_at_leaves_the_blocks_to_a_graph():
+    model = noise(Branches())
+    notes = take(model, **ZOO["plain"].inputs()).notes
+    for note in notes[:2]:
+        assert f"{__file__}:{line_of(Branches, 'if x.mean')} (if x.mean() > 0:)" in note
+        assert "torch.where" in note
+    assert notes[3].startswith("captured by blocks: blocks.0 .. ")
 
 
 def test_the_checks_can_pass():

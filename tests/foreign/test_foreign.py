@@ -44,12 +44,17 @@ def tensors(output: Any) -> list[Tensor]:
 
 
 def plain(name: str, call: Call) -> list[Tensor]:
-    """What the model gives, by the operators that it is written in: torch's own attention modules take a fused kernel
-    without gradients, which rounds otherwise."""
+    """What the model gives."""
+    return plain_of(model(name), call)
+
+
+def plain_of(model: Any, call: Call) -> list[Tensor]:
+    """The same, by the operators that it is written in: torch's own attention modules take a fused kernel without
+    gradients, which rounds otherwise."""
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad():
-            return tensors(run(model(name), call))
+            return tensors(run(model, call))
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
 

@@ -309,3 +309,35 @@ def test_a_failed_call_leaves_nothing_behind(at, hook):
     assert failures == 1
     assert session.schedule_rows == reference.schedule_rows
     assert session.stats.hits == reference.stats.hits == {"cache": 4}
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 5])
+@pytest.mark.parametrize("hook", [False, True])
+def test_a_call_counts_when_what_it_is_part_of_succeeds(at, hook):
+    plan, _ = make(memo=True)
+    session, reference = Session(), Session()
+    xs = [torch.randn(SHAPE, generator=torch.Generator().manual_seed(s)) for s in range(7)]
+
+    def fails(args):
+        with session.whole():
+            session.call(plan, args)
+            raise RuntimeError("afterwards")
+
+    for s in (session, reference):
+        if hook:
+            s.begin(7, range(7))
+    for i, x in enumerate(xs):
+        args = [x, torch.tensor([9.0 - i]), PROMPT]
+        if i == at:
+            with pytest.raises(RuntimeError, match="afterwards"):
+                fails(args)
+        with session.whole():
+            y = session.call(plan, args)[0]
+            assert len(session.schedule_rows) == i
+        assert torch.equal(y, reference.call(plan, args)[0])
+        if hook:
+            session.advance(i)
+            reference.advance(i)
+    assert session.schedule_rows == reference.schedule_rows
+    assert session.stats.hits == reference.stats.hits == {"cache": 4}
+    assert session.stats.calls == 7

@@ -8,6 +8,7 @@ import torch
 from ditopt.artifact import Manifest, Plan, StepGraph, Update
 from ditopt.errors import DitoptWarning, SessionError
 from ditopt.ir.program import Input, Interval, Predictor, StateSlot, TensorType
+from ditopt.runtime.ahead import clock_bits
 from ditopt.runtime.session import Session
 from tests.runtime.plans import PROMPT, SHAPE, F, choices, equal, expected, make, sample
 
@@ -208,3 +209,12 @@ def test_an_exception_inside_a_session_is_a_cancelled_request():
             cancelled()
     assert not session._branches
     assert equal(sample(session, plan), sample(Session(), plan))
+
+
+def test_the_key_of_a_long_time_is_its_hash():
+    time = torch.randn(1000)
+    other = time.clone()
+    other[-1] += 1
+    assert clock_bits(time) == clock_bits(time.clone()) != clock_bits(other)
+    assert len(clock_bits(time)) == 32
+    assert clock_bits(torch.tensor([1.0])) == b"\0\0\x80?"
