@@ -64,6 +64,13 @@ class TensorType:
         stride = tuple(int(s) for s in value.stride())
         return TensorType(value.dtype, shape, None if value.is_contiguous() else stride)
 
+    def pairs(self, value: Tensor) -> Tensor:
+        """``value``, or where it is complex and this type holds its pairs of real numbers (passes/lower_complex.py) a
+        view of it as these."""
+        if not value.is_complex() or self.dtype.is_complex:
+            return value
+        return torch.view_as_real(value.resolve_conj())
+
     @property
     def nbytes(self) -> int:
         """Bytes of a dense tensor of this type."""
