@@ -4,8 +4,9 @@
 of the model (the live one is not touched, its weights are shared by handle), functionalises it with a decomposition
 table that keeps attention, norms, linears and activations whole, and checks the graph against the model on a second,
 derived input. ``opened`` takes arguments apart that are objects, and knows what a model writes into them. ``replay``
-and ``guard`` serve models whose Python looks at values of the prompt. ``captures`` keeps what one model's signatures
-have in common: from the third shape on they come from one graph (``dynamic``).
+and ``guard`` serve models whose Python looks at values of the prompt, ``watched`` passes that look at positions.
+``captures`` keeps what one model's signatures have in common: from the third shape on they come from one graph
+(``dynamic``).
 
 ``aten`` inventory: ``run_decompositions({})`` (torch 2.11-2.13) functionalises and keeps composite operators, and puts
 the operators of autocast regions in their place with the casts that they imply; the default table would turn each
@@ -20,6 +21,7 @@ from ditopt.capture.guard import Guard
 from ditopt.capture.job import Captured
 from ditopt.capture.seal import seal
 from ditopt.capture.spec import CallSpec, arguments_of, bind, by_name
+from ditopt.capture.watched import watched
 
 __all__ = [
     "CallSpec",
@@ -33,4 +35,5 @@ __all__ = [
     "derive",
     "seal",
     "shared_copy",
+    "watched",
 ]

@@ -38,7 +38,7 @@ def seal(program: Program, guard: Guard | None) -> Program:
             valid = one if valid is None else e.op(aten.logical_and.default, valid, one)
         e.set_results([*(_unless(e, valid, r) for r in results[:n]), *results[n:]])
     warnings.warn(
-        f"what is written holds values that Python reads{guard.reads[0].line}: its results are NaN for inputs "
+        f"what is written {guard.reads[0].held}: its results are NaN for inputs "
         f"({', '.join(guard.inputs) or 'weights'}) that change them",
         DitoptWarning,
         stacklevel=4,
