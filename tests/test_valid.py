@@ -252,3 +252,35 @@ def test_a_saved_model_made_for_a_grid_gives_no_wrong_result(joint, tmp_path):
     loaded = ditopt.load(tmp_path / "model", target="eager")
     assert torch.equal(loaded(**packed(8, 8)), run(fast, packed(8, 8)))
     assert loaded(**packed(4, 16)).isnan().all()
+
+
+class Turned(nn.Module):
+    """Packed tokens turned by complex numbers, a table of which comes with the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.pack = Plain(depth=2), nn.Linear(16, 32)
+
+    def forward(self, x: Tensor, t: Tensor, rotary: Tensor) -> Tensor:
+        h: Tensor = self.pack(x)
+        for block in self.inner.blocks:
+            pairs = torch.view_as_complex(h.unflatten(-1, (-1, 2)).contiguous())
+            h = block(torch.view_as_real(pairs * rotary).flatten(-2), t[:, None].expand(-1, 32) * 1e-3)
+        out: Tensor = self.inner.head(h)
+        return out
+
+
+def turned(rows: int, columns: int) -> dict[str, Tensor]:
+    angles = (packed(rows, columns)["img_ids"][0, :, 1:, None] * 0.3 ** torch.arange(8)).flatten(1)
+    x = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0))
+    return {"x": x, "t": torch.tensor([400.0, 300.0]), "rotary": torch.polar(torch.ones_like(angles), angles)}
+
+
+def test_a_file_made_for_a_grid_of_complex_rotations_gives_no_wrong_result(tmp_path):
+    fast = ditopt.optimize(noise(Turned()), TILES % "", target="eager", example_inputs=turned(8, 8))
+    assert fast.history[-1].applied == 2
+    with pytest.warns(DitoptWarning, match="made for the grid 8 x 8 that the positions in rotary show"):
+        ditopt.export_onnx(fast, tmp_path / "model.onnx")
+    loaded = ditopt.load(tmp_path / "model.onnx")
+    torch.testing.assert_close(loaded(**turned(8, 8)), run(fast, turned(8, 8)), atol=1e-4, rtol=1e-4)
+    assert loaded(**turned(4, 16)).isnan().all()
