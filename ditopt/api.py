@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ditopt.artifact import Manifest
-from ditopt.capture import Captures, arguments_of, bind, capture, seal
+from ditopt.capture import Captures, arguments_of, bind, capture, seal, watched
 from ditopt.codegen.build import describe, export
 from ditopt.codegen.lower import lower, lower_memos
 from ditopt.engine import Engine, describe_for, rewrite, schedule_of, variants
@@ -122,10 +122,12 @@ def _explained(
     from ditopt.explanation import explanation
 
     args, kwargs = arguments_of(example)
-    captured = captures.take(*bind(model, args, kwargs))
+    spec, tensors = bind(model, args, kwargs)
+    captured, given = captures.take(spec, tensors), dict(zip(spec.names, tensors, strict=True))
     name = resolve(target, next((p.device for p in model.parameters()), torch.device("cpu")))
-    history = PassManager(recipe, Context(name, steps)).run(captured.program)
+    history = PassManager(recipe, Context(name, steps, given=given)).run(captured.program)
     final = history[-1].program if history else captured.program
+    captured = watched(captured, final, given)
     with warnings.catch_warnings():  # of graphs that a target does not get: optimize says so
         warnings.simplefilter("ignore", DitoptWarning)
         rows = variants(final, name, steps)
@@ -184,7 +186,8 @@ def _programs(
     spec, tensors = bind(model, args, kwargs)
     captured = capture(model, spec, tensors, roles)
     used, given = Recipe.parse(recipe), dict(zip(spec.names, tensors, strict=True))
-    return captured, rewrite(captured, used, "onnxruntime", steps, given=given), used
+    history = rewrite(captured, used, "onnxruntime", steps, given=given)
+    return watched(captured, history[-1].program if history else captured.program, given), history, used
 
 
 def _is_pipeline(model: object) -> bool:

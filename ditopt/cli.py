@@ -341,10 +341,11 @@ def _history(args: argparse.Namespace) -> tuple[Any, list[Any]]:
     from ditopt.pipeline import Context, PassManager
     from ditopt.target import resolve
 
-    manager = PassManager(args.recipe, Context(resolve(args.target, torch.device("cpu")), args.steps))
+    target = resolve(args.target, torch.device("cpu"))
     model, kwargs, _ = _load(args.model)
-    program = capture(model, *bind(model, (), kwargs)).program
-    return program, manager.run(program)
+    spec, tensors = bind(model, (), kwargs)
+    program, given = capture(model, spec, tensors).program, dict(zip(spec.names, tensors, strict=True))
+    return program, PassManager(args.recipe, Context(target, args.steps, given=given)).run(program)
 
 
 def _chosen(history: Sequence[Any], name: str) -> list[Any]:

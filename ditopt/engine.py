@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ditopt.artifact import Manifest, Plan
-from ditopt.capture import CallSpec, Captured, Captures, Off, bind, by_name
+from ditopt.capture import CallSpec, Captured, Captures, Off, bind, by_name, watched
 from ditopt.codegen.build import build, export
 from ditopt.codegen.variants import MOST, choices_of, pick, without_skipped, worth
 from ditopt.errors import BadInput, DitoptWarning, SessionError, StaleWeights
@@ -272,6 +272,7 @@ class Engine:
             )
         history = rewrite(captured, self.recipe, self.target, self.steps, self.piece, given)
         program = history[-1].program if history else captured.program
+        captured = watched(captured, program, given)
         more = describe_for(captured, history, self.recipe, self.steps)
         if self.target == "onnxruntime":
             return self._exported(captured, history, program, more)
@@ -453,7 +454,7 @@ def rewrite(
         if piece:
             local = Recipe.parse("canonicalize, outline_blocks")
             return tuple(PassManager(local, Context(target, steps)).run(captured.program))
-    context = Context(target, steps, lambda: guidance_of(captured.program, given or {}))
+    context = Context(target, steps, lambda: guidance_of(captured.program, given or {}), given or {})
     history = tuple(PassManager(recipe, context).run(captured.program))
     _complain(history)
     return history

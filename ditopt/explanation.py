@@ -267,8 +267,9 @@ def _streams(run: Sequence[Region]) -> list[str]:
 
 
 def stream_text(stream: Stream) -> str:
-    """A stream in words: ``latent: 80 tokens (8 x 10), axis 1``."""
-    grid = f" ({' x '.join(map(str, stream.grid))})" if stream.grid else ""
+    """A stream in words: ``latent: 80 tokens (8 x 10), axis 1``; behind the grid the positions that show it, if any."""
+    seen = f", by the positions in {stream.raster.source}" if stream.raster else ""
+    grid = f" ({' x '.join(map(str, stream.grid))}{seen})" if stream.grid else ""
     unknown = ", grid unknown" if stream.made_of == "latent" and not stream.grid else ""
     axes = f"{'axis' if len(stream.axes) == 1 else 'axes'} {', '.join(map(str, stream.axes))}"
     start = f" from {stream.start} on" if stream.start else ""

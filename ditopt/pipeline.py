@@ -14,12 +14,14 @@ import pkgutil
 import time
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from ditopt.errors import BadInput, DitoptError, PassError, RecipeError, VerifyError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ditopt.ir.program import Program
     from ditopt.recipe import Recipe
 
@@ -41,13 +43,14 @@ class Context:
     """What a pass may know besides the Program.
 
     ``target``: what will run the result, as ``ditopt.target.resolve`` gives it. ``steps``: steps of a request where
-    the caller knows them. ``guidance()``: what the first call shows of guidance. ``report``: called with
-    a line of text where a pass has something slow to tell.
+    the caller knows them. ``guidance()``: what the first call shows of guidance. ``given``: its inputs by name, where
+    they are known. ``report``: called with a line of text where a pass has something slow to tell.
     """
 
     target: str = "eager"
     steps: int | None = None
     guidance: Callable[[], Guidance] = lambda: Guidance()
+    given: Mapping[str, Tensor] = field(default_factory=dict)
     report: Callable[[str], None] = lambda line: None
 
     def check_mask(self, mask: str) -> None:

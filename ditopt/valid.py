@@ -22,7 +22,7 @@ class Valid:
         self._broken: dict[int, str] = {}
 
     def broken(self, given: Mapping[str, Tensor]) -> str:
-        """Where the model would read another value than the captured one for these inputs by name, or ""."""
+        """What is another than in the captured signature for these inputs by name, in words, or ""."""
         if self._guard is None:
             return ""
         args = self._guard.arguments(given, self._params())
@@ -37,8 +37,8 @@ class Valid:
 
 def notice(spec: CallSpec, before: Sequence[CallSpec], broken: str, way: str | None = None) -> None:
     """A DitoptWarning where a call is captured again for a reason that its author may not see: ``way`` says where
-    forward goes another way around its blocks, ``broken`` where the model reads another value, or a list of ``spec``
-    has another length than in the newest of ``before``."""
+    forward goes another way around its blocks, ``broken`` what is another, or a list of ``spec`` has another length
+    than in the newest of ``before``."""
     if way is not None:
         warnings.warn(
             f"the model is captured again: around its blocks forward does other things{way} than in the calls captured "
@@ -48,8 +48,7 @@ def notice(spec: CallSpec, before: Sequence[CallSpec], broken: str, way: str | N
         )
     elif broken:
         warnings.warn(
-            f"the model is captured again: its Python reads a value{broken} that is another for these inputs; each "
-            "value has a graph of its own",
+            f"the model is captured again: {broken}; each value has a graph of its own",
             DitoptWarning,
             stacklevel=6,
         )

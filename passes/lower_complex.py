@@ -3,12 +3,15 @@
 Rotary position embeddings are often written as products of complex numbers. ONNX has no complex type and Inductor falls
 back to eager for it, so compiled targets get this form; eager keeps its own complex product, whose last bits a compiler
 is free to choose. Operators that move values get the same move one dimension up; sums and products are spelled out.
+A complex input is one of pairs too: callers pass what the model takes, and what runs the program looks at it as pairs.
+A complex input becomes a pair too: callers pass what the model takes, and what runs the program looks at it as pairs
+(``TensorType.view``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from ditopt._torch import OpOverload
 from ditopt.errors import DitoptError
 from ditopt.ir import example
 from ditopt.ir.edit import Editor, replace_functions
-from ditopt.ir.program import Function, Program, is_call
+from ditopt.ir.program import Function, Program, TensorType, is_call
 from ditopt.ops import gather_tokens, scatter_tokens
 from ditopt.pipeline import Context, Outcome, Pass
 
@@ -38,11 +41,16 @@ class LowerComplex(Pass):
         found = [n for f in program.functions.values() for n in f.graph.nodes if _is_complex(n.meta.get("val"))]
         if not found:
             return Outcome(program, 0, ("no value is complex",))
-        if given := [i.name for i in program.inputs if i.type.dtype in REAL]:
-            return Outcome(program, 0, (f"input {given[0]} is complex, and what the caller passes stays as it is",))
+        results = program.step.results[: program.step.n_results]
+        given = [o for o, r in zip(program.outputs, results, strict=True) if _is_complex(r.meta["val"])]
+        if given:
+            return Outcome(program, 0, (f"output {given[0]} is complex, and what the caller gets stays as it is",))
         functions = {name: _Real(f, self.name).function() for name, f in program.functions.items() if _concerned(f)}
         params = {k: torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for k, t in program.params.items()}
-        return Outcome(replace_functions(program.replace(params=params), functions), len(found))
+        inputs = tuple(replace(i, type=_pairs(i.type)) for i in program.inputs)
+        state = tuple(replace(s, type=_pairs(s.type)) for s in program.state)
+        made = program.replace(params=params, inputs=inputs, state=state)
+        return Outcome(replace_functions(made, functions), len(found))
 
     @classmethod
     def example_applies(cls) -> Program:
@@ -51,6 +59,14 @@ class LowerComplex(Pass):
     @classmethod
     def example_refuses(cls) -> Program:
         return example.tiny_dit()
+
+
+def _pairs(type_: TensorType) -> TensorType:
+    """The type of the pairs behind complex numbers of a type; another type as it is."""
+    if type_.dtype not in REAL:
+        return type_
+    stride = None if type_.stride is None else (*(2 * s for s in type_.stride), 1)
+    return TensorType(REAL[type_.dtype], (*type_.shape, 2), stride)
 
 
 def _is_complex(value: Any) -> bool:
@@ -241,6 +257,7 @@ _MOVES: Sequence[Any] = {  # type: ignore[assignment]
     aten.stack.default,
     aten.transpose.int,
     aten._to_copy.default,
+    aten._unsafe_view.default,
     aten.unsqueeze.default,
     aten.view.default,
     aten.zeros.default,

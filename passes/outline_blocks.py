@@ -16,6 +16,7 @@ from ditopt.ir import example
 from ditopt.ir.binding import Binding, bind
 from ditopt.ir.edit import Editor
 from ditopt.ir.outline import outline
+from ditopt.ir.positions import with_grids
 from ditopt.ir.program import Program, Region
 from ditopt.ir.regions import with_modules
 from ditopt.ir.structure import Block, find_blocks, find_ends
@@ -37,7 +38,8 @@ class OutlineBlocks(Pass):
         if not any(b.chain == 0 for b in blocks):
             return Outcome(program, 0, ("the model has no residual branch that attends, and none that repeats",))
         marked = _mark(program, blocks, binding, self.name)
-        return Outcome(with_modules(outline(marked, self.name), self.name), len(blocks))
+        outlined = with_modules(outline(marked, self.name), self.name)
+        return Outcome(with_grids(outlined, context.given), len(blocks))
 
     @classmethod
     def example_applies(cls) -> Program:

@@ -20,7 +20,8 @@ from ditopt.pipeline import Context, Outcome, Pass
 @dataclass(frozen=True)
 class ReorderTokens(Pass):
     """Put tokens in tiles. ``tile``: its size, such as "8x8" or "4x8x8"; "auto" takes the tile of ``block`` tokens that
-    divides the grid and is most like a square. ``grid``: of the tokens, where the graph does not show it."""
+    divides the grid and is most like a square. ``grid``: of the tokens, where neither the graph nor positions among the
+    inputs show it."""
 
     tile: str = "auto"
     block: int = 64
@@ -61,7 +62,8 @@ class ReorderTokens(Pass):
         if stream is None:
             return no("no stream of the latent enters the first block")
         given = read_grid(self.grid)
-        grid = stream.grid or (given if given and _size(given) == stream.tokens else ())
+        told = given if given and _size(given) == stream.tokens else ()
+        grid = told if told and (stream.raster or not stream.grid) else stream.grid
         if not grid:
             return no(
                 f"no grid was found for the {stream.tokens} tokens; where the graph does not show it, give "
@@ -78,6 +80,7 @@ class ReorderTokens(Pass):
             out, count = Reorder(program, grid, tile, self.name).run(blocks[0], stream.formal, stream.start)
         except Refused as why:
             return no(f"the order of the tokens means something: {why}")
+        out = out if told else out.relying([stream.raster])
         return Outcome(out, count, notes=(f"{stream.tokens} tokens lie in tiles of {show_grid(tile)}",))
 
     @classmethod

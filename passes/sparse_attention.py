@@ -34,8 +34,8 @@ class SparseAttention(Pass):
     like a square, "none" the order of the model. "default" is "none" for windows, "auto" for the others; where
     ``reorder_tokens`` has put tokens in tiles, these are taken.
 
-    ``grid``: rows and columns of the tokens, such as "64x64", where the graph does not show them (a pipeline that packs
-    latents into tokens before it calls the model).
+    ``grid``: rows and columns of the tokens, such as "64x64", where neither the graph nor positions among the inputs
+    show them (a pipeline may pack latents into tokens before it calls the model).
 
     For drafts: ``selector`` ("topk", "topp" until ``mass`` of the draft is held, "head" over all rows of a head),
     ``longest`` (the longest list, as a part of the blocks; 0: twice the density, or half of them for "topp"),

@@ -65,6 +65,7 @@ class Arguments:
                 value = torch.as_tensor(value)
             except (TypeError, ValueError, RuntimeError):
                 raise BadInput(f"{name} is a {type(value).__name__}; {self._where} expects a tensor there") from None
+        value = wanted.pairs(value)
         if value.dtype != wanted.dtype or tuple(value.shape) != wanted.shape:
             raise SessionError(
                 f"{name} is {_describe(value.dtype, value.shape)}, but {self._where} was exported for "

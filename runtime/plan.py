@@ -84,7 +84,8 @@ class Ready:
                 f"{len(inputs)} inputs given, {len(wanted)} expected ({', '.join(i.name for i in wanted)})"
             )
         given: dict[str, Tensor] = {}
-        for spec, tensor in zip(wanted, inputs, strict=True):
+        for spec, value in zip(wanted, inputs, strict=True):
+            tensor = spec.type.pairs(value)
             if tensor.dtype != spec.type.dtype or tuple(tensor.shape) != spec.type.shape:
                 raise SessionError(
                     f"input {spec.name!r} is {tensor.dtype}{list(tensor.shape)}, this plan was compiled for "

@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from ditopt.capture import capture
 from ditopt.errors import CaptureError
 from examples.bench import coverage
-from examples.bench.probe import COLUMNS, YES, Row, one_line, probe
+from examples.bench.probe import COLUMNS, YES, Row, as_near, one_line, probe
 from tests.denoisers import REGISTRY
 
 CORE = ("dit", "sd3", "flux", "z_image", "wan", "stable_audio")
@@ -85,6 +86,16 @@ def test_a_row_says_what_fails():
     assert REFUSED.reasons()[:2] == ["captured: it looks at values", "blocks: 0 of 0"]
     assert worse(BAD, GOOD) == ["blocks", "cached", "onnx", "hoisted"]
     assert worse(GOOD, BAD) == []
+
+
+def test_rounding_counts_as_eager_rounds():
+    exact = [[torch.tensor([1.0, 2.0], dtype=torch.float64)]]
+    eager, near, far, none = ([[torch.tensor([1.0, 2.0 + d])]] for d in (2e-3, -3e-3, 5e-3, float("nan")))
+    assert as_near(near, eager, exact)
+    assert as_near(eager, eager, exact)
+    assert not as_near(far, eager, exact)
+    assert not as_near(none, eager, exact)
+    assert not as_near([*near, *far], [*eager, *eager], [*exact, *exact])
 
 
 def test_a_reason_names_no_folder_of_this_machine():

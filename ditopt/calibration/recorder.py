@@ -82,7 +82,7 @@ class Recorder(Engine):
         work = self._work
         if "latent" in work.regions and not any(i.role == "latent" for i in captured.program.inputs):
             raise BadInput("this model has no latent input; pass roles={'<name>': 'latent'} where it has another name")
-        context = Context("eager")
+        context = Context("eager", given=given)
         history = PassManager(self.recipe, context).run(captured.program)
         outlined = history[-1].program
         chosen = _together(outlined, work.regions)

@@ -44,7 +44,7 @@ class Guard:
         return [given[f.ref] if f.kind == "input" else weights[f.ref] for f in self.formals]
 
     def broken(self, args: Sequence[Tensor]) -> str:
-        """Where in the model the first value is read that is another for these ``arguments``, or ""."""
+        """What is another for these ``arguments``, in words, or ""."""
         try:
             with torch.no_grad():
                 _Comparison(self).run(*(a.contiguous() for a in args))  # a view in the graph may need it
@@ -52,9 +52,22 @@ class Guard:
             return str(found)
         return ""
 
+    def beside(self, other: Guard) -> Guard:
+        """This guard, and the values of another one after its own."""
+        graph, values, formals = fx.Graph(), dict[fx.Node, fx.Node](), dict[Formal, fx.Node]()
+        both = [n for g in (self, other) for n in g.graph.graph.nodes]
+        for node in [n for n in both if n.op == "placeholder"]:
+            what = formal(node)
+            values[node] = formals[what] = formals.get(what) or graph.node_copy(node)
+        for node in [n for n in both if n.op == "call_function"]:
+            values[node] = graph.node_copy(node, values.__getitem__)
+        graph.output(tuple(values[n] for n in (*self.results, *other.results)))
+        module = fx.GraphModule(torch.nn.Module(), graph, "guard")
+        return Guard(module, tuple(formals), {**self.params, **other.params}, (*self.reads, *other.reads))
+
 
 class _Differs(Exception):
-    """Stops a comparison; the message is the line of the model."""
+    """Stops a comparison; the message says what differs."""
 
 
 class _Comparison(fx.Interpreter):
@@ -71,7 +84,7 @@ class _Comparison(fx.Interpreter):
         value = super().run_node(n)
         for read in self._reads.get(n, ()):
             if not torch.equal(value.to(read.value.device), read.value):
-                raise _Differs(read.line)
+                raise _Differs(read.differs)
         return value
 
 

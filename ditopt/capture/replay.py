@@ -32,6 +32,16 @@ class Read:
     answer: Any
     module: str = ""
 
+    @property
+    def held(self) -> str:
+        """What a graph holds because of it, in words."""
+        return f"holds values that Python reads{self.line}"
+
+    @property
+    def differs(self) -> str:
+        """What is said where another value is read."""
+        return f"its Python reads a value{self.line} that is another for these inputs"
+
 
 _READERS: dict[Any, Callable[[Tensor], Any]] = {
     Tensor.item: lambda t: t.item(),

@@ -11,7 +11,7 @@ from torch import fx
 from ditopt.capture.guard import Guard
 from ditopt.errors import DitoptWarning
 from ditopt.ir.edit import Editor
-from ditopt.ir.program import Formal, Program, formal
+from ditopt.ir.program import Formal, Program, TensorType, formal
 
 aten = torch.ops.aten
 
@@ -27,18 +27,18 @@ def seal(program: Program, guard: Guard | None) -> Program:
     with Editor(program.step, "capture") as e:
         results, n = e.results, program.step.n_results
         valid = None
-        for i, (read, node) in enumerate(zip(guard.reads, _inlined(e, guard), strict=True)):
+        for i, (read, node) in enumerate(zip(guard.reads, _inlined(e, guard, program), strict=True)):
             if read.value.ndim == 0:
                 one = e.op(aten.eq.Scalar, node, read.value.item())
             else:
                 name = f"const.guard{i}"
-                params[name] = read.value.to(node.meta["val"].device)
+                params[name] = TensorType.of(node.meta["val"]).pairs(read.value).to(node.meta["val"].device)
                 expected = e.placeholder(f"guard{i}", Formal("param", name), node.meta["val"])
                 one = e.op(aten.all.default, e.op(aten.eq.Tensor, node, expected))
             valid = one if valid is None else e.op(aten.logical_and.default, valid, one)
         e.set_results([*(_unless(e, valid, r) for r in results[:n]), *results[n:]])
     warnings.warn(
-        f"what is written holds values that Python reads{guard.reads[0].line}: its results are NaN for inputs "
+        f"what is written {guard.reads[0].held}: its results are NaN for inputs "
         f"({', '.join(guard.inputs) or 'weights'}) that change them",
         DitoptWarning,
         stacklevel=4,
@@ -48,14 +48,17 @@ def seal(program: Program, guard: Guard | None) -> Program:
     )
 
 
-def _inlined(e: Editor, guard: Guard) -> list[fx.Node]:
-    """The values that the guard computes, in the graph that ``e`` edits."""
+def _inlined(e: Editor, guard: Guard, program: Program) -> list[fx.Node]:
+    """The values that the guard computes, in the graph that ``e`` edits: the step of ``program``."""
+    types = {Formal("input", i.name): i.type for i in program.inputs}
     there = {formal(p): p for p in e.graph.find_nodes(op="placeholder")}
     values: dict[fx.Node, fx.Node] = {}
     for node in guard.graph.graph.nodes:
         if node.op == "placeholder":
             what = formal(node)
-            values[node] = there.get(what) or e.placeholder(node.name, what, node.meta["val"])
+            with e.mode:
+                value = types[what].pairs(node.meta["val"]) if what in types else node.meta["val"]
+            values[node] = there.get(what) or e.placeholder(node.name, what, value)
         elif node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = e.op(node.target, *args, **kwargs)

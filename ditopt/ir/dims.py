@@ -255,6 +255,11 @@ def _product(node: fx.Node, args: Any, known: Known) -> Dims:
     return (*_merge([d[:-2] for d in (a, b) if d], shape[:-2]), row, column)
 
 
+def _outer(node: fx.Node, args: Any, known: Known) -> Dims:
+    shape = node.meta["val"].shape
+    return tuple((known.get(a) or (Dim(int(n)),))[0] for a, n in zip(args[:2], shape, strict=True))
+
+
 def factors(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The two matrices that a node multiplies."""
     args: Any = node.args
@@ -279,15 +284,22 @@ def _convolution(node: fx.Node, args: Any, known: Known) -> Dims:
 
 def _einsum(node: fx.Node, args: Any, known: Known) -> Dims:
     terms, result = equation(node)
-    if "." in result:
-        return ()
+    shape = node.meta["val"].shape
     letters: dict[str, Dim] = {}
     for term, operand in zip(terms, args[1], strict=True):
-        for letter, dim in zip(term, known.get(operand, ()), strict=False):
+        for letter, dim in zip(_lettered(term, operand.meta["val"].ndim), known.get(operand, ()), strict=False):
             if letter not in letters or len(dim.axes) > len(letters[letter].axes):
                 letters[letter] = dim
-    sizes = [int(n) for n in node.meta["val"].shape]
-    return tuple(letters.get(c, Dim(n)) for c, n in zip(result, sizes, strict=True))
+    return tuple(
+        letters.get(c, Dim(int(n))) for c, n in zip(_lettered(result, len(shape)), map(int, shape), strict=True)
+    )
+
+
+def _lettered(term: str, rank: int) -> list[str]:
+    """A letter for each dimension; those that three dots stand for are numbered from the right."""
+    before, dots, behind = term.partition("...")
+    count = rank - len(before) - len(behind)
+    return [*before, *(f".{count - k}" for k in range(count if dots else 0)), *behind]
 
 
 def _embedding(node: fx.Node, args: Any, known: Known) -> Dims:
@@ -366,6 +378,7 @@ _RULES: dict[Any, Callable[[fx.Node, Any, Known], Dims]] = {
     aten.view_as_complex.default: _as_complex,
     aten.view_as_real.default: _as_real,
     aten.einsum.default: _einsum,
+    aten.outer.default: _outer,
     **dict.fromkeys(
         (aten.mm.default, aten.bmm.default, aten.matmul.default, aten.addmm.default, aten.baddbmm.default), _product
     ),

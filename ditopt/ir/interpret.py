@@ -27,7 +27,7 @@ def run_program(
     if missing:
         takes = ", ".join(i.name for i in program.inputs)
         raise BadInput(f"the inputs {', '.join(missing)} are missing; the program takes {takes}")
-    values: dict[tuple[str, str], Tensor] = {("input", k): v for k, v in inputs.items()}
+    values: dict[tuple[str, str], Tensor] = {("input", i.name): i.type.pairs(inputs[i.name]) for i in program.inputs}
     values |= {("param", k): v for k, v in program.params.items()}
     values |= {("memo", k): v for k, v in (memo or {}).items()}
     values |= {("control", k): v for k, v in (control or {}).items()}
@@ -65,8 +65,8 @@ def random_inputs(program: Program, seed: int = 0) -> dict[str, Tensor]:
         shape, dtype = i.type.shape, i.type.dtype
         if dtype is torch.bool:
             value = torch.ones(shape, dtype=dtype)
-        elif dtype.is_floating_point:
-            value = torch.randn(shape, generator=generator).to(dtype)
+        elif dtype.is_floating_point or dtype.is_complex:
+            value = torch.randn(shape, generator=generator, dtype=dtype if dtype.is_complex else None).to(dtype)
         else:
             value = torch.randint(0, 2, shape, generator=generator).to(dtype)
         if i.type.stride is not None:

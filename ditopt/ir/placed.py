@@ -14,18 +14,19 @@ from torch import fx
 
 from ditopt.ir.axes import follow, source
 from ditopt.ir.dims import Dim, Known
-from ditopt.ir.program import Function, Program, Region, Stream, formal
+from ditopt.ir.program import Function, Program, Raster, Region, Stream, formal
 
 
 @dataclass(frozen=True)
 class Placed:
-    """``length`` of ``total`` rows, from ``start`` on, are the tokens of ``grid`` in its order; () where the graph does
-    not show it."""
+    """``length`` of ``total`` rows, from ``start`` on, are the tokens of ``grid`` in its order; () where none was
+    found. ``raster``: the positions that show it, None where the graph does."""
 
     total: int
     start: int
     length: int
     grid: tuple[int, ...]
+    raster: Raster | None = None
 
     @property
     def ends(self) -> tuple[int, int]:
@@ -49,15 +50,18 @@ class Followed:
     def rows(self, operand: fx.Node) -> Placed | str:
         """The tokens of the latent in an operand (*batch, rows, channels): the longest stream of it; "" where there is
         none, else what cannot be told."""
-        found: list[Placed | str] = []
-        for stream in self._streams:
-            dims = self._known[stream.formal].get(operand)
-            if isinstance(dims, tuple) and dims and dims[-2].axes & set(stream.axes):
-                found.append(self._place(stream, dims[-2]))
+        found = [p for s in self._streams if (p := self.of(s, operand))]
         if not found and not any(operand in known for known in self._known.values()):
             found += self._hidden(operand)
         placed = [p for p in found if isinstance(p, Placed)]
         return max(placed, key=lambda p: p.length) if placed else next(iter(found), "")
+
+    def of(self, stream: Stream, operand: fx.Node) -> Placed | str:
+        """The tokens of one stream of the latent in an operand, as ``rows`` tells them."""
+        dims = self._known[stream.formal].get(operand)
+        if not (isinstance(dims, tuple) and len(dims) > 1 and dims[-2].axes & set(stream.axes)):
+            return ""
+        return self._place(stream, dims[-2])
 
     def _place(self, stream: Stream, dim: Dim) -> Placed | str:
         shape = self._formals[stream.formal].meta["val"].shape
@@ -66,10 +70,10 @@ class Followed:
         if len(set(axes)) < len(axes) or axes != sorted(axes) or dim.length not in (whole, stream.tokens):
             return "its tokens are cut or regrouped before it"
         if dim.length == whole:
-            return Placed(dim.size, dim.start + stream.start, stream.tokens, stream.grid)
+            return Placed(dim.size, dim.start + stream.start, stream.tokens, stream.grid, stream.raster)
         if whole == 2 * stream.tokens:
             return "its tokens are a half of a joint stream, and the graph does not show which"
-        return Placed(dim.size, dim.start, stream.tokens, stream.grid)
+        return Placed(dim.size, dim.start, stream.tokens, stream.grid, stream.raster)
 
     def _hidden(self, operand: fx.Node) -> Iterable[Placed]:
         """Where an operator hides the axes (a rotation that is spelled in an odd way): what is computed from one formal
@@ -78,7 +82,7 @@ class Followed:
         for stream in self._streams:
             shape = self._formals[stream.formal].meta["val"].shape
             if operand in self._below[stream.formal] and math.prod(int(shape[a]) for a in stream.axes) == rows:
-                yield Placed(rows, stream.start, stream.tokens, stream.grid)
+                yield Placed(rows, stream.start, stream.tokens, stream.grid, stream.raster)
 
 
 def _below(node: fx.Node) -> frozenset[fx.Node]:

@@ -15,7 +15,8 @@ Programs are frozen. ``ir/edit.py`` makes new ones, ``ir/text.py`` prints and pa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -63,6 +64,13 @@ class TensorType:
         shape = tuple(int(s) for s in value.shape)
         stride = tuple(int(s) for s in value.stride())
         return TensorType(value.dtype, shape, None if value.is_contiguous() else stride)
+
+    def pairs(self, value: Tensor) -> Tensor:
+        """``value``, or where it is complex and this type holds its pairs of real numbers (passes/lower_complex.py) a
+        view of it as these."""
+        if not value.is_complex() or self.dtype.is_complex:
+            return value
+        return torch.view_as_real(value.resolve_conj())
 
     @property
     def nbytes(self) -> int:
@@ -278,6 +286,21 @@ timestep; ``part``: a block once more, on part of its tokens. The last five are 
 (ir/sites.py)."""
 
 
+@dataclass(frozen=True)
+class Raster:
+    """Rows ``start`` to ``start + tokens`` along ``axis`` of the input ``source`` hold the positions of ``grid``, one
+    after the other (ir/positions.py). Read off the values of an example: other values may hold another grid."""
+
+    source: str
+    axis: int
+    start: int
+    grid: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
+
+
 MadeOf = Literal["latent", "prompt", ""]
 """The role of the input that a stream comes from."""
 
@@ -289,7 +312,8 @@ class Stream:
     ``formal``: the parameter of the block's function that holds them; ``result``: the number of the result that
     continues it. ``axes``: the axes of both over which attention mixes; along them ``tokens`` positions from ``start``
     on are this stream (others, in the same tensor, are another one). ``grid``: rows x columns, or frames x rows x
-    columns, of the tokens, () where the graph does not show one. ``made_of``: "" where it is unknown.
+    columns, of the tokens, () where neither the graph nor the positions that come with the call show one. ``made_of``:
+    "" where it is unknown. ``raster``: the positions that show the grid, None where the graph does.
     """
 
     formal: str
@@ -299,6 +323,7 @@ class Stream:
     start: int = 0
     grid: tuple[int, ...] = ()
     made_of: MadeOf = ""
+    raster: Raster | None = None
 
 
 @dataclass(frozen=True)
@@ -377,8 +402,9 @@ def call_args(node: fx.Node) -> tuple[fx.Node, ...]:
 @dataclass(frozen=True)
 class Program:
     """See the module docstring. ``inputs`` and ``outputs`` are flat; packing into the model's own structure is the
-    caller's (``capture.CallSpec``). ``applied`` lists the passes so far in their text form, so that a second run of a
-    pass knows."""
+    caller's (``capture.CallSpec``). ``relies`` lists the positions whose grid something in the program was made for: it
+    is for inputs that hold them. ``applied`` lists the passes so far in their text form, so that a second run of a pass
+    knows."""
 
     functions: Mapping[str, Function]
     entry: str
@@ -389,6 +415,7 @@ class Program:
     memos: tuple[Memo, ...] = ()
     decisions: tuple[Decision, ...] = ()
     regions: tuple[Region, ...] = ()
+    relies: tuple[Raster, ...] = ()
     applied: tuple[str, ...] = ()
     _cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -400,6 +427,10 @@ class Program:
     def step(self) -> Function:
         """The entry function: one step of the loop."""
         return self.functions[self.entry]
+
+    def relying(self, rasters: Iterable[Raster | None]) -> Program:
+        """A Program that relies on these positions too."""
+        return self.replace(relies=tuple(dict.fromkeys((*self.relies, *(r for r in rasters if r is not None)))))
 
     def region(self, id: str) -> Region:
         """The region of this id."""

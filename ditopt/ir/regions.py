@@ -12,6 +12,7 @@ from ditopt.ir.binding import Binding, bind
 from ditopt.ir.cost import flops, function_flops
 from ditopt.ir.edit import Editor
 from ditopt.ir.modules import Module, find_modules
+from ditopt.ir.positions import with_rasters
 from ditopt.ir.program import Function, Program, Region, call_args, callee
 from ditopt.ir.sites import Kind, attention_kinds
 from ditopt.ir.streams import find_streams
@@ -44,7 +45,8 @@ def describe(program: Program) -> Program:
             work = _marked(program.functions[body[block]], inner) if block in body else 0
         else:
             work = cost[function] if function else entry.get(r.id, 0)
-        regions.append(dataclasses.replace(r, function=function, flops=work, streams=streams.get(r.id, ())))
+        here = with_rasters(streams.get(r.id, ()), r.streams)
+        regions.append(dataclasses.replace(r, function=function, flops=work, streams=here))
     return program.replace(regions=tuple(regions))
 
 

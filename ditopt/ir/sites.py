@@ -61,6 +61,12 @@ def key_operands(function: Function, binding: Mapping[fx.Node, Binding]) -> list
     return [(r.query.node, r.key.node) for r in _find(function, binding)]
 
 
+def row_operands(function: Function, binding: Mapping[fx.Node, Binding]) -> list[fx.Node]:
+    """Queries and keys of the attention of a function that are (*batch, rows, channels), as most are."""
+    both = [x for r in _find(function, binding) for x in (r.query, r.key)]
+    return [x.node for x in both if x.order[-2:] == (len(x.order) - 2, len(x.order) - 1)]
+
+
 def _located(program: Program) -> dict[str, tuple[tuple[AttentionSite, frozenset[fx.Node]], ...]]:
     binding = bind(program)
     raw = {name: list(_find(program.functions[name], binding)) for name in {program.entry, *_bodies(program)}}

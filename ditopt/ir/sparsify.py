@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from ditopt.ir.edit import Editor, fake_of, prune
 from ditopt.ir.modules import name_of
 from ditopt.ir.placed import Followed, Placed, by_body
-from ditopt.ir.program import Formal, Function, Program, Region, TensorType, call_args, callee, formal, is_call
+from ditopt.ir.program import Formal, Function, Program, Raster, Region, TensorType, call_args, callee, formal, is_call
 from ditopt.ir.regions import describe
 from ditopt.ir.sparse import (
     Draft,
@@ -77,6 +77,7 @@ class Sparsify:
         self._kind = kind
         self._params: dict[str, Tensor] = {}
         self._tiles = reordered(program.params)
+        self._rasters: list[Raster | None] = []
 
     def apply(self, ids: Collection[str] | None) -> int:
         """Rewrite the attention of these blocks (None: of all); how many operators, counted once a block."""
@@ -163,6 +164,7 @@ class Sparsify:
             made.meta["path"] = at.meta.get("path", "")
             return made
 
+        self._rasters += [q.at.raster, k.at.raster]
         query = e[given["query"]]
         key, value = (self._like(op, e[given[n]], query, bool(given["enable_gqa"])) for n in ("key", "value"))
         seen = None if mask is None else e[mask]
@@ -199,8 +201,8 @@ class Sparsify:
                 raise _Dense(f"its {what} are no tokens of the latent, and text is never left out")
             rows = int(operand.meta["val"].shape[-2])
             return _Side(Placed(rows, 0, rows, ()), (), None)
-        if not at.grid and math.prod(self._grid) == at.length:
-            at = dataclasses.replace(at, grid=self._grid)
+        if (not at.grid or at.raster) and math.prod(self._grid) == at.length:
+            at = dataclasses.replace(at, grid=self._grid, raster=None)
         if not at.grid and (not isinstance(source, Draft) or self._attn.tile):
             raise _Dense(
                 f"no grid was found for the {at.length} tokens of its {what}; where the graph does not show it, give "
@@ -338,4 +340,5 @@ class Sparsify:
                     e.replace(old, outs[item])
             e.drop_dead(formals=False)
         functions = {**program.functions, **{n: f for n, (f, _) in changed.items()}, program.entry: e.function()}
+        program = program.relying(self._rasters)
         self.program = describe(prune(program.replace(functions=functions, params={**program.params, **self._params})))

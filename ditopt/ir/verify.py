@@ -22,6 +22,7 @@ from ditopt.ir.program import (
     Function,
     Predictor,
     Program,
+    Raster,
     Region,
     Stream,
     TensorType,
@@ -98,6 +99,8 @@ class _Verifier:
             for stream in region.streams:
                 self.stream(f"{where}, stream {stream.formal!r}", stream, region)
         self.parents()
+        for raster in p.relies:
+            self.raster("relies", raster)
         for decision in p.decisions:
             self.decision(decision)
 
@@ -129,6 +132,19 @@ class _Verifier:
             self.fail(where, f"tokens {s.start} to {s.start + s.tokens} are not among the {room} of its parameter")
         if s.grid and math.prod(s.grid) != s.tokens:
             self.fail(where, f"a grid of {' x '.join(map(str, s.grid))} does not hold {s.tokens} tokens")
+        if s.raster is not None:
+            self.raster(where, s.raster)
+            if s.raster.grid != s.grid:
+                self.fail(where, "its positions show another grid than its own")
+
+    def raster(self, where: str, r: Raster) -> None:
+        shape = next((i.type.shape for i in self.p.inputs if i.name == r.source), None)
+        if shape is None:
+            self.fail(where, f"there is no input {r.source!r} that could hold positions")
+        if not 0 <= r.axis < len(shape) or r.start < 0 or r.tokens < 1 or r.start + r.tokens > shape[r.axis]:
+            self.fail(
+                where, f"positions {r.start} to {r.start + r.tokens} are not along axis {r.axis} of {list(shape)}"
+            )
 
     def decision(self, d: Decision) -> None:
         where = f"decision {d.name!r}"

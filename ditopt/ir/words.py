@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ditopt._torch import is_fake
-from ditopt.ir.program import Decision, Input, Interval, Memo, Predictor, Region, Rule, StateSlot, Stream
+from ditopt.ir.program import Decision, Input, Interval, Memo, Predictor, Raster, Region, Rule, StateSlot, Stream
 
 OpOverload: Any = type(torch.ops.aten.add.Tensor)
 OpOverloadPacket: Any = type(torch.ops.aten.add)
@@ -64,6 +64,7 @@ SECTIONS: dict[str, Any] = {
     "memos": Memo,
     "decisions": Decision,
     "regions": Region,
+    "relies": Raster,
     "applied": str,
 }
 """Fields of a Program that print as a list, and what they hold."""
@@ -75,6 +76,7 @@ RECORDS: dict[type, int] = {
     Decision: 1,
     Region: 2,
     Stream: 1,
+    Raster: 1,
     Interval: 0,
     Predictor: 1,
     Rule: 1,

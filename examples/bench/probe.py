@@ -6,6 +6,7 @@ and why the question does not apply.
 
 from __future__ import annotations
 
+import copy
 import re
 import tempfile
 import time
@@ -23,6 +24,7 @@ from ditopt._torch import pytree
 from ditopt.errors import CaptureError, DitoptWarning
 from ditopt.explanation import NEVER, binding_shares
 from ditopt.optimized import OptimizedModule
+from ditopt.recipe import Recipe
 from tests.denoisers import REGISTRY, Denoiser
 
 STEPS = 6
@@ -181,7 +183,7 @@ def _answer(ask: Callable[[], None]) -> str:
     return YES
 
 
-def _optimize(request: Request, recipe: str) -> OptimizedModule:
+def _optimize(request: Request, recipe: Recipe | str) -> OptimizedModule:
     made: OptimizedModule = ditopt.optimize(
         request.model, recipe, example_inputs=request.calls[0], target="eager", steps=STEPS
     )
@@ -245,7 +247,8 @@ def cached(request: Request, made: list[OptimizedModule]) -> None:
 
 
 def onnx(fast: OptimizedModule, request: Request) -> None:
-    """Exported with its caches and run by onnxruntime, every graph of it, it is what eager gives within 1e-4."""
+    """Exported with its caches and run by onnxruntime, every graph of it, it is what eager gives within 1e-4; of a
+    model whose float32 rounds more than that, as near to what it gives in float64 as eager is (``as_near``)."""
     want, _ = _run(fast, request)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "dit.onnx")
@@ -257,8 +260,26 @@ def onnx(fast: OptimizedModule, request: Request) -> None:
     if idle:
         raise Failed(f"the graphs {', '.join(sorted(idle))} never ran")
     worst = max(_difference(a, b) for a, b in zip(got, want, strict=True))
-    if not worst < 1e-4:  # NaN compares false
+    if not worst < 1e-4 and not (worst < 1e-2 and as_near(got, want, _wide(fast, request))):  # NaN compares false
         raise Failed(f"onnxruntime differs from eager by {worst:.2g}")
+
+
+def as_near(got: Outputs, want: Outputs, wide: Outputs) -> bool:
+    """Whether at every step ``got`` is at most twice as far from ``wide``, the same in float64, as ``want`` is."""
+    steps = zip(got, want, wide, strict=True)
+    return all(_difference(a, exact) <= 2 * _difference(b, exact) for a, b, exact in steps)
+
+
+def _wide(fast: OptimizedModule, request: Request) -> Outputs:
+    """What the same recipe gives in eager for the same request in float64."""
+
+    def double(value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    model = copy.deepcopy(request.model).double()
+    calls = [pytree.tree_map(double, call) for call in request.calls]
+    wide = Request(model, calls, [])
+    return _run(_optimize(wide, fast.engine.recipe), wide)[0]
 
 
 @torch.no_grad()

@@ -62,3 +62,32 @@ def test_chosen_tokens_of_a_complex_table(samples):
     values = random_inputs(before)
     values["index"] = torch.tensor([[5, 0, 2], [1, 4, 3]])[:samples]
     assert_close(run_program(result.program, values)[0], run_program(before, values)[0])
+
+
+def given_turns(result: bool = False) -> Program:
+    """Complex rotations that the caller passes, as they are or (with ``result``) given back too."""
+    b = Builder()
+    x = b.input("hidden_states", "latent", 2, 6, 8)
+    turn = b.input("turn", "shape", 6, 4, dtype=torch.complex64)
+    pairs = b(aten.view_as_complex.default, b(aten.view.default, x, [2, 6, 4, 2]))
+    out = b(aten.view.default, b(aten.view_as_real.default, b(aten.mul.Tensor, pairs, turn)), [2, 6, 8])
+    return b.program(out, turn) if result else b.program(out)
+
+
+def test_a_complex_input_becomes_pairs_and_is_called_as_before():
+    before = given_turns()
+    (result,) = PassManager("lower_complex", Context("eager")).run(before)
+    after = result.program
+    assert result.applied
+    assert {i.name: (i.type.dtype, i.type.shape) for i in after.inputs}["turn"] == (torch.float32, (6, 4, 2))
+    assert not any(n.meta["val"].is_complex() for n in after.step.graph.nodes if n.op != "output")
+    values = random_inputs(before)
+    assert values["turn"].imag.any()
+    assert_close(run_program(after, values)[0], run_program(before, values)[0])
+    assert PassManager("lower_complex", Context("eager")).run(after)[0].refused == ("no value is complex",)
+
+
+def test_a_complex_output_stays_as_it_is():
+    (result,) = PassManager("lower_complex", Context("eager")).run(given_turns(result=True))
+    assert not result.applied
+    assert result.refused == ("output out1 is complex, and what the caller gets stays as it is",)

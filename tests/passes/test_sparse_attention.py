@@ -11,7 +11,7 @@ from ditopt.ir.edit import inline
 from ditopt.ir.interpret import run_program
 from ditopt.ir.opening import opened, spelled
 from ditopt.ops import block_sparse_attention
-from ditopt.pipeline import PassManager
+from ditopt.pipeline import Context, PassManager
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -29,7 +29,7 @@ def dit():
         patch_size=1, num_embeds_ada_norm=10,
     )  # fmt: skip
     given = {"timestep": torch.tensor([3]), "class_labels": torch.tensor([1])}
-    return noisy(model), {"hidden_states": torch.randn(1, 4, 16, 16), **given}, ""
+    return noisy(model), {"hidden_states": torch.randn(1, 4, 16, 16), **given}
 
 
 def sd3():
@@ -39,7 +39,7 @@ def sd3():
         pos_embed_max_size=16,
     )  # fmt: skip
     given = {"encoder_hidden_states": torch.randn(1, 7, 32), "pooled_projections": torch.randn(1, 16)}
-    return noisy(model), {"hidden_states": torch.randn(1, 4, 16, 16), "timestep": torch.tensor([3.0]), **given}, ""
+    return noisy(model), {"hidden_states": torch.randn(1, 4, 16, 16), "timestep": torch.tensor([3.0]), **given}
 
 
 def flux():
@@ -50,7 +50,7 @@ def flux():
     ids = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(16.0), torch.arange(16.0), indexing="ij"), -1)
     given = {"encoder_hidden_states": torch.randn(1, 7, 32), "pooled_projections": torch.randn(1, 32)}
     given |= {"timestep": torch.tensor([0.5]), "img_ids": ids.view(-1, 3), "txt_ids": torch.zeros(7, 3)}
-    return noisy(model), {"hidden_states": torch.randn(1, 256, 4), **given}, ",grid=16x16"
+    return noisy(model), {"hidden_states": torch.randn(1, 256, 4), **given}
 
 
 def pixart():
@@ -60,7 +60,7 @@ def pixart():
     )  # fmt: skip
     size = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
     given = {"encoder_hidden_states": torch.randn(1, 40, 32), "timestep": torch.tensor([3]), **size}
-    return noisy(model), {"hidden_states": torch.randn(1, 4, 16, 16), **given}, ""
+    return noisy(model), {"hidden_states": torch.randn(1, 4, 16, 16), **given}
 
 
 MODELS = {"self": dit, "joint": sd3, "joint and rotated": flux, "self and cross": pixart}
@@ -68,9 +68,9 @@ MODELS = {"self": dit, "joint": sd3, "joint and rotated": flux, "self and cross"
 
 def captured(kind):
     torch.manual_seed(0)
-    model, given, grid = MODELS[kind]()
+    model, given = MODELS[kind]()
     spec, tensors = bind(model, (), given)
-    return capture(model, spec, tensors).program, dict(zip(spec.names, tensors, strict=True)), grid
+    return capture(model, spec, tensors).program, dict(zip(spec.names, tensors, strict=True))
 
 
 def far(program, other, inputs):
@@ -82,9 +82,9 @@ def far(program, other, inputs):
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("pattern", ["window", "tile", "draft"])
 def test_replaces_attention_and_holds_no_square(kind, pattern):
-    program, inputs, grid = captured(kind)
-    recipe = f"sparse_attention{{pattern={pattern},block=16,density=0.25{grid}}}"
-    result = PassManager(recipe).run(program)[-1]
+    program, inputs = captured(kind)
+    recipe = f"sparse_attention{{pattern={pattern},block=16,density=0.25}}"
+    result = PassManager(recipe, Context(given=inputs)).run(program)[-1]
     assert result.applied >= 2, result
     flat = inline(result.program)
     assert any(n.target is block_sparse_attention for n in flat.graph.nodes)
@@ -102,27 +102,27 @@ def test_replaces_attention_and_holds_no_square(kind, pattern):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_all_blocks_are_dense_attention(kind):
-    program, _, grid = captured(kind)
-    result = PassManager(f"sparse_attention{{block=16,density=1{grid}}}").run(program)[-1]
+    program, inputs = captured(kind)
+    result = PassManager("sparse_attention{block=16,density=1}", Context(given=inputs)).run(program)[-1]
     assert result.applied == 0
     assert any("nothing would be left out" in r for r in result.refused)
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_order_of_tokens_changes_rounding_only(kind):
-    program, inputs, grid = captured(kind)
-    result = PassManager(f"reorder_tokens{{block=16{grid}}}").run(program)[-1]
+    program, inputs = captured(kind)
+    result = PassManager("reorder_tokens{block=16}", Context(given=inputs)).run(program)[-1]
     assert result.applied >= 2, result
     assert far(program, result.program, inputs) < 1e-5
-    sparse = f"sparse_attention{{pattern=tile,block=16,density=0.25{grid}}}"
-    once = PassManager(f"reorder_tokens{{block=16{grid}}}, {sparse}").run(program)[-1].program
-    each = PassManager(sparse).run(program)[-1].program
+    sparse = "sparse_attention{pattern=tile,block=16,density=0.25}"
+    once = PassManager(f"reorder_tokens{{block=16}}, {sparse}", Context(given=inputs)).run(program)[-1].program
+    each = PassManager(sparse, Context(given=inputs)).run(program)[-1].program
     assert far(once, each, inputs) < 1e-5
     assert not any(".order." in n for n in once.params), "the tokens lie in tiles already"
 
 
 def test_a_grid_has_to_be_found_or_given():
-    program, _, _ = captured("joint and rotated")
+    program, _ = captured("joint and rotated")
     result = PassManager("sparse_attention{block=16}").run(program)[-1]
     assert result.applied == 0
     assert all("no grid was found" in r and "give grid=" in r for r in result.refused)
@@ -131,7 +131,7 @@ def test_a_grid_has_to_be_found_or_given():
 
 
 def test_text_keys_of_cross_attention_may_be_drafted():
-    program, inputs, _ = captured("self and cross")
+    program, inputs = captured("self and cross")
     result = PassManager("sparse_attention{block=16,pattern=draft,density=0.4,cross=sparse}").run(program)[-1]
     assert result.applied == 4 or any("mask" in r for r in result.refused), result
     assert far(program, result.program, inputs) < 0.7
@@ -151,7 +151,7 @@ def test_text_keys_of_cross_attention_may_be_drafted():
     ],
 )
 def test_refusals(recipe, said):
-    program, _, _ = captured("self")
+    program, _ = captured("self")
     result = PassManager(recipe).run(program)[-1]
     assert result.applied == 0
     assert said in " ".join(result.refused)

@@ -94,8 +94,6 @@ def test_on_trained_models(name):
     pipe = zoo.load(name)
     prompts = zoo.package(name).prompts(2, 0)
     parts = [p.replace("region=blocks.1,", "region=blocks.3,") for p in PARTS]
-    if name == "scenes":  # packed tokens do not show their grid
-        parts[-1] = "sparse_attention{block=16,density=0.5,grid=16x16}"
     optimized = ditopt.optimize(pipe, ", ".join(parts), steps=STEPS, target="eager")
     with torch.no_grad():
         optimized(prompts, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0))
