@@ -84,6 +84,14 @@ def train(
     each stage of the request. rank: of the linear layers. iterations: of the second stage of training, 0 leaves it out.
     Deterministic by ``seed`` on one machine. BadInput where something does not fit.
     """
+    made, experts = _experts(values, times, mask, windows, rank, iterations, seed)
+    return _tables(made, experts, max(windows))
+
+
+def _experts(
+    values: ArrayLike, times: ArrayLike, mask: str, windows: Sequence[int], rank: int, iterations: int, seed: int
+) -> tuple[Plan, list[Expert]]:
+    """See ``train``."""
     array = recording(values)
     check(mask, array.shape[1])
     made = plan(mask, windows)
@@ -93,7 +101,7 @@ def train(
     _begin(features, made, experts)
     if made.predicted:
         _descend(features, made, experts, iterations, seed)
-    return _tables(made, experts, max(windows))
+    return made, experts
 
 
 # -- an expert ---------------------------------------------------------------------------------------------------------
