@@ -43,6 +43,9 @@ channel over all tokens (SmoothQuant's statistic; ir/smoothing.py names them).""
 STREAMS = "streams"
 """The streams behind each block, as they are: no selector says so, for a cache keeps what a block adds."""
 
+HEAD = "head"
+"""The streams behind the last block, as the layers that follow read them."""
+
 
 class Work:
     """One run over the seeds. ``regions``: what is still to be recorded. ``names``: the selectors recorded in it ->
@@ -145,7 +148,7 @@ def _together(program: Program, regions: Sequence[str]) -> dict[str, Selection |
             continue
         if "|" in region:
             raise RecipeError(f"region {region!r}: record alternatives as regions of their own")
-        (selection,) = select_regions(program, "blocks" if region == STREAMS else region)
+        (selection,) = select_regions(program, "blocks" if region in (STREAMS, HEAD) else region)
         if not any(a == b or a.startswith(f"{b}.") or b.startswith(f"{a}.") for a in selection.ids for b in taken):
             chosen[region] = selection
             taken.update(selection.ids)
@@ -156,6 +159,8 @@ def _neutral(program: Program, region: str, selection: Selection | None) -> list
     """The caches whose slots would take the values of ``region`` while every step computes."""
     if region == STREAMS:
         return [Step("cache", {"region": b.id, "every": 1, "residual": "no"}) for b in program.blocks()]
+    if region == HEAD:
+        return [Step("cache", {"region": "blocks", "every": 1, "residual": "no"})]
     run = selection is not None and selection.kind == "run"
     return [Step("cache", {"region": region, "every": 1, **({"residual": "yes"} if run else {})})]
 

@@ -44,8 +44,9 @@ def record(
 
     regions: selectors (ir/select.py): modules before their gate (``blocks.*.attn``), runs of blocks as the difference
         that they add (``blocks.1:-1``), ``model`` (its output), ``latent`` (what the denoiser is given); also
-        ``streams``, what runs behind each block, ``modulated``, what the first layer of the first block reads, and
-    ``maxima``, one row: the largest magnitude of each channel of each input of the linear layers of the blocks.
+        ``streams``, what runs behind each block, ``head``, what runs behind the last one, ``modulated``, what the first
+        layer of the first block reads, and ``maxima``, one row: the largest magnitude of each channel of each input of
+        the linear layers of the blocks.
     steps: model evaluations of a request. tokens: positions kept of each value, over all batch rows. memory: bytes of
     values; fewer positions are kept where they would exceed it (a DitoptWarning says so).
     roles: as in ``ditopt.optimize``. progress: a bar on stderr.

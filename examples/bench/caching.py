@@ -13,6 +13,7 @@ PSNR over samples to the plain samples of the same seed, and to a run of 200 ste
     ditopt         recipes
     guidance       recipes that leave out a branch of guidance
     fitted         recipes of ditopt that are fitted, on other seeds than those they are judged by
+    learned        lesa, which is trained, on other seeds as well
     diffusers      its cache hooks, in a cache context
     cache-dit      where it is installed (pip install --no-deps cache-dit)
 
@@ -29,6 +30,7 @@ import importlib
 import io
 import re
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -127,6 +129,20 @@ def fitted(levels: Sequence[float], full: int, sample: Any, trials: int) -> Iter
             return ditopt.optimize(pipe, recipe, steps=full, target="eager")
 
         yield Contestant("ditopt", f"{text} fitted", full, make)
+
+
+def learned(full: int, name: str) -> Iterator[Contestant]:
+    """Predictors trained on the requests of seeds 0 to 3, four samples each, whatever is judged."""
+    folder = tempfile.TemporaryDirectory()  # for as long as a contestant may read it
+    for n in (2, 3, 4):
+
+        def make(pipe: Any, n: int = n) -> Any:
+            own = demo.shipped(name, 4)
+            asked = f"lesa{{interval={n},table={folder.name}/{n}.safetensors}}"
+            recipe = ditopt.calibrate(own.pipe, asked, own.sample, steps=full, seeds=range(4), progress=False)
+            return ditopt.optimize(pipe, recipe, steps=full, target="eager")
+
+        yield Contestant("learned", f"lesa{{interval={n}}} trained", full, make)
 
 
 def optimized(recipe: Any, full: int) -> Callable[[Any], Any]:
@@ -298,7 +314,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8, help="samples of a request")
     parser.add_argument("--levels", default="0.2,0.27,0.33,0.4,0.5,0.6,0.7,0.8", help="shares of plain work")
-    parser.add_argument("--only", default=",".join([*FAMILIES, "fitted"]), help="families, with commas between")
+    parser.add_argument(
+        "--only", default=",".join([*FAMILIES, "fitted", "learned"]), help="families, with commas between"
+    )
     parser.add_argument("--trials", type=int, default=10, help="masks that a search runs")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--keep", action="store_true", help="rows that --out holds stay, and are not measured again")
@@ -310,6 +328,8 @@ def main() -> None:
     wanted = [c for family in only if family in FAMILIES for c in FAMILIES[family](levels, args.steps)]
     if "fitted" in only:
         wanted += fitted(levels, args.steps, bench.shipped.sample, args.trials)
+    if "learned" in only:
+        wanted += learned(args.steps, args.model)
     rows = read(args.out) if args.keep and args.out and args.out.exists() else []
     there = {(r.family, r.name, r.steps) for r in rows}
     wanted = [c for c in wanted if (c.family, c.name, c.steps) not in there]

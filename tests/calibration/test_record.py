@@ -67,6 +67,18 @@ def test_a_run_is_what_its_blocks_add(name, start):
         assert torch.equal(torch.from_numpy(profile.values[name][0, t]), expected)
 
 
+def test_what_the_last_layers_read_is_what_the_last_block_gives():
+    _, taken, _ = recorded()
+    profile = record(
+        tiny_sampler.model(), tiny_sampler.sample, regions=["head"], steps=STEPS, seeds=[3], tokens=ALL, progress=False
+    )
+    order = torch.randperm(ALL, generator=torch.Generator().manual_seed(0))
+    assert list(profile.of("head")) == ["head"]
+    for t in range(STEPS):
+        expected = taken[t]["block 2"].reshape(-1, WIDTH)[order]
+        assert torch.equal(torch.from_numpy(profile.values["head"][0, t]), expected)
+
+
 def test_what_a_profile_says():
     profile, _, _ = recorded()
     assert profile.regions["blocks.*.attn"] == ("blocks.0.attn", "blocks.1.attn", "blocks.2.attn")

@@ -26,6 +26,7 @@ from tests.roads.tiny import error, example, noise, prompt, sample, small
 
 STEPS = 8
 RUN = "lossless, cache{region=blocks.1:,every=0,"
+LEARNED = "mask=11001001,predictor=learned,table"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,21 @@ def folder(tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     tables = {k: torch.randn(STEPS, 32, generator=generator) * 0.02 for k in ("scale", "shift")}
     save_file({"scale": 1 + tables["scale"], "shift": tables["shift"]}, made / "tables.safetensors")
+    save_file(predictor(generator), made / "predictor.safetensors")
     return made
+
+
+def predictor(generator):
+    """Two stages, windows of two and three values; steps 0, 1, 4 and 7 have to compute."""
+    return {
+        "reads": torch.tensor([0, 0, 2, 2, 0, 3, 3, 0]),
+        "stage": torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]),
+        "gate": 1 + 0.1 * torch.randn(STEPS, generator=generator),
+        "mix": 0.05 * torch.randn(2, 3, generator=generator) * torch.tensor([[1, 1, 0], [1, 1, 1]]),
+        "down": 0.1 * torch.randn(2, 4, 96, generator=generator) * (torch.arange(96) < torch.tensor([[[64]], [[96]]])),
+        "up": 0.1 * torch.randn(2, 32, 4, generator=generator),
+        "bias": 0.02 * torch.randn(2, 32, generator=generator),
+    }
 
 
 def recipe(name, folder):
@@ -45,6 +60,8 @@ def recipe(name, folder):
         "cache{region=blocks.2:,every=0,signal=modulated,threshold=0.16}",
         "lag": f"{RUN}signal=change,threshold=0.6,predictor=foca}}",
         "correction": f"{RUN.replace('every=0', 'every=3')}correction={folder / 'tables.safetensors'}}}",
+        "learned": f"lossless, cache{{region=blocks,residual=no,{LEARNED}={folder / 'predictor.safetensors'}}}",
+        "modules": f"lossless, cache{{region=blocks.*.mlp,store=int8,{LEARNED}={folder / 'predictor.safetensors'}}}",
         "dmd": "lossless, cache{region=model,every=2,predictor=dmd}",
         "fitted": "lossless, cache{region=model,mask=11010100,predictor=newton,order=1,"
         "fitted='1.5 -0.5; 0.7; 1.9 -0.8; 2.5 -1.4'}",
@@ -52,7 +69,8 @@ def recipe(name, folder):
 
 
 FITTED = [[0.0, 0.0], [0.0, 0.0], [1.5, -0.5], [0.0, 0.0], [0.7, 0.0], [0.0, 0.0], [1.9, -0.8], [2.5, -1.4]]
-NAMES = ["probe", "two", "lag", "correction", "dmd", "fitted"]
+NAMES = ["probe", "two", "lag", "correction", "dmd", "learned", "modules", "fitted"]
+STATIC = ("correction", "learned", "modules", "fitted")
 
 
 class Ran:
@@ -94,7 +112,7 @@ def test_eager_decides_and_the_request_is_as_in_a_fresh_model(name, eager, folde
     assert 1e-4 < error(ran.out[0], sample(small(), 0, STEPS)) < 0.5
 
 
-@pytest.mark.parametrize("name", ["probe", "correction"])
+@pytest.mark.parametrize("name", ["probe", "correction", "learned"])
 def test_inductor_compiles_each_graph_once(name, eager, folder):
     compiled = []
     _Compiled.on_compile = lambda graph: compiled.append(graph.name)
@@ -112,19 +130,17 @@ def test_files_for_onnxruntime(name, eager, folder):
     manifest = ditopt.export_onnx(small(), path, recipe(name, folder), example_inputs=example(), steps=STEPS)
     loaded = ditopt.load(path)
     same(Ran(loaded, loaded.session, loaded.stats), eager(name)[1])
-    static = {
-        "correction": [{"cache0.row": [k]} for k in range(STEPS)],
-        "fitted": [{"cache0.weights": row} for row in FITTED],
-    }
-    assert ("schedule" in manifest.extra) == (name in static)
+    assert ("schedule" in manifest.extra) == (name in STATIC)
     # the driver without ditopt follows written schedules, and says so where there is none
     given = {k: v.numpy() for k, v in prompt(0).items()}
     sigmas = np.append(np.linspace(1, 1e-3, STEPS), 0)
-    if name not in static:
+    if name not in STATIC:
         with pytest.raises(ValueError, match=r"without a schedule: it decides .*; use ditopt\.load"):
             onnx_numpy.run(path.with_suffix(".json"), 0, sigmas, given)
         return
-    assert [row["weights"] for row in manifest.extra["schedule"]] == static[name]
+    by_step = {"fitted": [{"cache0.weights": row} for row in FITTED]}
+    rows = by_step.get(name, [{"cache0.row": [k]} for k in range(STEPS)])
+    assert [row["weights"] for row in manifest.extra["schedule"]] == rows
     got = onnx_numpy.run(path.with_suffix(".json"), 0, sigmas, given)
     fast, x = eager(name)[0], torch.from_numpy(np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32))
     with fast.session(steps=STEPS):

@@ -10,7 +10,7 @@ import pytest
 from ditopt.artifact import StepGraph
 from ditopt.errors import DitoptWarning, SessionError
 from ditopt.ir.program import Decision, Interval, Predictor
-from ditopt.runtime.policy import Anchor, choose, coefficients, fit, schedule, table
+from ditopt.runtime.policy import Anchor, choose, coefficients, filled, fit, in_window, schedule, table
 from ditopt.runtime.predict import weights
 
 
@@ -243,3 +243,32 @@ def test_fitted_coefficients_hold_for_the_steps_that_they_were_fitted_to():
     assert told([4, 2], 5) == [1.5, -0.5]  # beyond the mask
     (row,) = [r.weights["cache0"] for r in table([d], 5) if r.step == 3]
     assert list(row) == [1.5, -0.25]
+
+
+# -- learned predictors ------------------------------------------------------------------------------------------------
+
+LEARNED = Decision(
+    "cache0", ("blocks.0",), Interval(2, 1), Predictor("learned", 2), (("a", "b", "c"),), "",
+    row="cache0.row", rows=8, reads=(0, 1, 0, 2, 0, 3, 0, 0),
+)  # fmt: skip
+
+
+def test_a_learned_predictor_reuses_where_it_was_trained_and_its_window_is_full():
+    rows = table([LEARNED], 8)
+    assert "".join(r.choices["cache0"][0] for r in rows) == "crcrcrcc"
+    assert all(r.weights["cache0"] in ([], [0.0] * 3) for r in rows), "its weights are tables of the graph"
+    for step, held, choice in ((3, 1, "compute"), (3, 2, "reuse"), (5, 2, "compute"), (7, 9, "compute")):
+        assert filled([LEARNED], {"cache0": "reuse"}, {"cache0": held}, step) == {"cache0": choice}
+    assert filled([LEARNED], {"cache0": "compute"}, {}, 9) == {"cache0": "compute"}
+    with pytest.raises(SessionError, match="its predictor is for 8 steps and this is step 8; calibrate for more"):
+        filled([LEARNED], {"cache0": "reuse"}, {"cache0": 8}, 8)
+
+
+def test_what_a_window_holds():
+    def after(choice, half_before=(), half_after=()):
+        return in_window([LEARNED], {"cache0": choice}, {"cache0": 4}, half_before, half_after)["cache0"]
+
+    assert (after("compute"), after("reuse"), after("bypass")) == (5, 5, 0)
+    assert after("compute", half_after=["cache0"]) == 0, "half of the batch has no value"
+    assert after("compute", half_before=["cache0"]) == 1, "and none before"
+    assert in_window([], {}, {}, (), ()) == {}
