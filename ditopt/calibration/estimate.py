@@ -36,8 +36,9 @@ def leverage(profile: Profile) -> Floats:
     (output,), (latent,) = profile.of("model").values(), profile.of("latent").values()
     step = np.abs(np.diff(profile.times))
     last = float(step[-1])
-    if profile.sigmas is not None and profile.sigmas[-2] > profile.sigmas[-1]:
-        last *= float(profile.sigmas[-1] / (profile.sigmas[-2] - profile.sigmas[-1]))  # the last step leads to 0
+    if profile.sigmas is not None and profile.sigmas[-3] != profile.sigmas[-2]:
+        before, own = np.abs(np.diff(profile.sigmas[-3:]))
+        last *= float(own / before)
     plain = np.append(step, last)
     if output.shape != latent.shape:
         return plain

@@ -52,7 +52,7 @@ _HOLD = Predictor()
 @dataclass(frozen=True)
 class Keeping:
     """What is kept of a region and how it is predicted: see the options of the pass ``cache``. ``watch`` forecasts the
-    signal "forecast"."""
+    signal "forecast". ``corrected``: whether a correction is of what was kept, or of what stands in for the region."""
 
     predictor: Predictor
     residual: Literal["auto", "yes", "no"] = "auto"
@@ -60,6 +60,7 @@ class Keeping:
     correction: Path | None = None
     signal: str = ""
     watch: Predictor = _HOLD
+    corrected: Literal["kept", "whole"] = "kept"
 
 
 class Caching:
@@ -154,10 +155,13 @@ class Caching:
         kept = value if base is None else self.e.op(aten.sub.Tensor, value, base, at=at)
         slots = self.reuse.slots(kept.meta["val"])
         told = guess(self.e, slots, kept.meta["val"], self.reuse.control(), at)
-        told = self._corrected(told, at)
+        if self.o.corrected == "kept":
+            told = self._corrected(told, at)
         self._remember(slots, kept, told, at)
         if base is not None:
             told = self.e.op(aten.add.Tensor, base, told, at=at)
+        if self.o.corrected == "whole":
+            told = self._corrected(told, at)
         return self.e.op(select, value, told, self.name, at=at)
 
     def _remember(self, slots: list[list[fx.Node]], kept: fx.Node, told: fx.Node, at: fx.Node) -> None:

@@ -65,6 +65,7 @@ SECTIONS: dict[str, Any] = {
     "decisions": Decision,
     "regions": Region,
     "applied": str,
+    "pace": float,
 }
 """Fields of a Program that print as a list, and what they hold."""
 
