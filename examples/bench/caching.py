@@ -13,6 +13,7 @@ PSNR over samples to the plain samples of the same seed, and to a run of 200 ste
     ditopt         recipes
     guidance       recipes that leave out a branch of guidance
     fitted         recipes of ditopt that are fitted, on other seeds than those they are judged by
+    pace           ERTACache, fitted in the same way: with and without its correction and its changed steps
     diffusers      its cache hooks, in a cache context
     cache-dit      where it is installed (pip install --no-deps cache-dit)
 
@@ -29,6 +30,7 @@ import importlib
 import io
 import re
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -120,13 +122,30 @@ def fitted(levels: Sequence[float], full: int, sample: Any, trials: int) -> Iter
     texts = [f"searched{{share={level},trials={trials}}}" for level in levels]
     texts += [f"magcache{{threshold={t}}}" for t in (0.03, 0.06, 0.12, 0.24)]
     texts += [f"smoothcache{{alpha={a}}}" for a in (0.08, 0.18, 0.35)]
-    for text in texts:
+    yield from (_calibrated("ditopt", text, full, sample) for text in texts)
 
-        def make(pipe: Any, text: str = text) -> Any:
-            recipe = ditopt.calibrate(pipe, text, sample, steps=full, seeds=range(4), progress=False)
-            return ditopt.optimize(pipe, recipe, steps=full, target="eager")
 
-        yield Contestant("ditopt", f"{text} fitted", full, make)
+def pace(levels: Sequence[float], full: int, sample: Any) -> Iterator[Contestant]:
+    """ERTACache as published, without its correction, without its pace, and with neither."""
+    for level in levels:
+        for corrected in (True, False):
+            for adjust in ("true", "false"):
+                text = f"ertacache{{share={level},adjust={adjust}{',table=' if corrected else ''}}}"
+                yield _calibrated("pace", text, full, sample)
+
+
+def _calibrated(family: str, text: str, full: int, sample: Any) -> Contestant:
+    """``text`` fitted on the requests of seeds 0 to 3; ``table=`` without a name takes a file that is gone later."""
+
+    def make(pipe: Any) -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            named = text.replace("table=", f"table={folder}/table.safetensors")
+            recipe = ditopt.calibrate(pipe, named, sample, steps=full, seeds=range(4), progress=False)
+            fast = ditopt.optimize(pipe, recipe, steps=full, target="eager")
+            sample(fast, 0, full)  # captures, while the file is there
+        return fast
+
+    return Contestant(family, f"{text} fitted", full, make)
 
 
 def optimized(recipe: Any, full: int) -> Callable[[Any], Any]:
@@ -298,7 +317,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8, help="samples of a request")
     parser.add_argument("--levels", default="0.2,0.27,0.33,0.4,0.5,0.6,0.7,0.8", help="shares of plain work")
-    parser.add_argument("--only", default=",".join([*FAMILIES, "fitted"]), help="families, with commas between")
+    parser.add_argument("--only", default=",".join([*FAMILIES, "fitted", "pace"]), help="families, with commas between")
     parser.add_argument("--trials", type=int, default=10, help="masks that a search runs")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--keep", action="store_true", help="rows that --out holds stay, and are not measured again")
@@ -310,6 +329,8 @@ def main() -> None:
     wanted = [c for family in only if family in FAMILIES for c in FAMILIES[family](levels, args.steps)]
     if "fitted" in only:
         wanted += fitted(levels, args.steps, bench.shipped.sample, args.trials)
+    if "pace" in only:
+        wanted += pace(levels, args.steps, bench.shipped.sample)
     rows = read(args.out) if args.keep and args.out and args.out.exists() else []
     there = {(r.family, r.name, r.steps) for r in rows}
     wanted = [c for c in wanted if (c.family, c.name, c.steps) not in there]
