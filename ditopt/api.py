@@ -20,6 +20,7 @@ from ditopt.ir.fold import fold_constants
 from ditopt.ir.program import Role
 from ditopt.offload import loaded
 from ditopt.optimized import OptimizedModule
+from ditopt.pacing import refuse_bare, refuse_file
 from ditopt.pipeline import Context, PassManager, legalize
 from ditopt.recipe import Recipe
 from ditopt.release import Release
@@ -73,6 +74,7 @@ def optimize(
         )
     if not isinstance(model, nn.Module):
         raise BadInput(f"a {type(model).__name__} was given; ditopt optimizes an nn.Module or a diffusers pipeline")
+    refuse_bare(Recipe.parse(recipe))
     with loaded(model):
         engine = Engine(model, recipe, target, steps, roles, release=release, dynamic=dynamic)
         if example_inputs is not None:
@@ -174,6 +176,7 @@ def _programs(
 ) -> Any:
     if isinstance(model, OptimizedModule):
         model.release.require_all("exported")
+        refuse_file(model.program, "exported")
         legal = legalize(model.program, "onnxruntime")
         return model.compiled.captured, (*model.history, *legal), model.engine.recipe
     if not isinstance(model, nn.Module):
@@ -184,8 +187,8 @@ def _programs(
         raise BadInput("export needs example_inputs: a dict of keyword arguments or a tuple, as the model is called")
     args, kwargs = arguments_of(example)
     spec, tensors = bind(model, args, kwargs)
-    captured = capture(model, spec, tensors, roles)
-    used, given = Recipe.parse(recipe), dict(zip(spec.names, tensors, strict=True))
+    refuse_bare(used := Recipe.parse(recipe), "an exported file has none")
+    captured, given = capture(model, spec, tensors, roles), dict(zip(spec.names, tensors, strict=True))
     history = rewrite(captured, used, "onnxruntime", steps, given=given)
     return watched(captured, history[-1].program if history else captured.program, given), history, used
 

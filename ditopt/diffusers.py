@@ -3,6 +3,9 @@
 Any object with ``components`` and ``scheduler`` is a pipeline here. ``set_timesteps`` and ``step`` of the scheduler
 *instance* are shadowed: the first announces a request and its times, the second the end of a step. A copy of a hooked
 scheduler is a plain one; a scheduler that the user puts in its place is hooked when a denoiser is called next.
+
+A recipe may change the pace of the sampler (ditopt/pacing.py): then the times are exchanged within ``set_timesteps``,
+and the scheduler has its own again when the last step ends, when a call of the denoiser fails, and with ``restore``.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from ditopt.errors import BadInput
 from ditopt.ir.program import Role
 from ditopt.offload import foreign_hooks, loaded, move_hook
 from ditopt.optimized import OptimizedModule
+from ditopt.pacing import Pacer, early, pace_of
 from ditopt.recipe import Recipe
 from ditopt.release import Release
 from ditopt.roles import is_time
@@ -58,6 +62,8 @@ def optimize_pipeline(
     link = _Link(pipe)
     modules = {key: Denoiser(engine, link) for key, engine in engines.items()}
     link.sessions = [engine.session for engine in engines.values()]
+    link.pace = next((pace_of(engine.recipe) for engine in engines.values()), ())
+    early(getattr(pipe, "scheduler", None), link.pace)
     for engine in engines.values():
         engine.scheduler = lambda: getattr(link.pipe(), "scheduler", None)
     try:
@@ -131,7 +137,11 @@ class Denoiser(OptimizedModule):
     def _step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         _refuse_hooks("the denoiser", self.original)
         self.link.follow(kwargs)
-        return super()._step(args, kwargs)
+        try:
+            return super()._step(args, kwargs)
+        except BaseException:
+            self.link.suspend()
+            raise
 
 
 class _Link:
@@ -140,6 +150,7 @@ class _Link:
     def __init__(self, pipe: Any) -> None:
         self.pipe: Callable[[], Any] = weakref.ref(pipe)
         self.sessions: list[Session] = []
+        self.pace: tuple[float, ...] = ()
         self._hooks: list[weakref.ref[_Hook]] = []
         self._closed = False
 
@@ -148,6 +159,11 @@ class _Link:
         if not hasattr(scheduler, "set_timesteps") or not hasattr(scheduler, "__dict__"):
             return None
         hook = _hook_of(scheduler) or _Hook(scheduler)
+        if any(link.pace != self.pace for link in hook.links):
+            raise BadInput(
+                "this scheduler is shared with another optimized pipeline, whose recipe changes its steps otherwise "
+                "(rescale_steps); give one of them its own: type(scheduler).from_config(scheduler.config)"
+            )
         if self not in hook.links:
             hook.links.append(self)
             self._hooks.append(weakref.ref(hook))
@@ -162,10 +178,20 @@ class _Link:
         hook = _hook_of(scheduler)
         if hook is None or self not in hook.links:
             hook = self.attach(scheduler)
+            if hook is not None and self.pace:
+                raise BadInput(
+                    "this pipeline's scheduler was exchanged after ditopt.optimize, too late to change the steps of "
+                    "the running request as the recipe asks (rescale_steps); run the request again"
+                )
             if hook is not None and getattr(scheduler, "num_inference_steps", None):
                 hook.begin()  # its set_timesteps was called while nobody listened
         if hook is not None:
             hook.start(call)
+
+    def suspend(self) -> None:
+        """A call of a denoiser failed: schedulers have their own times, until a call follows."""
+        for hook in filter(None, (reference() for reference in self._hooks)):
+            hook.pacer.suspend()
 
     def close(self) -> None:
         """Tell the sessions nothing any more; schedulers that nobody listens to get their own methods back."""
@@ -182,6 +208,7 @@ class _Hook:
     def __init__(self, scheduler: Any) -> None:
         self.links: list[_Link] = []
         self._scheduler = scheduler
+        self.pacer = Pacer(scheduler)
         self._start = 0  # index in the scheduler's times of the loop's first step
         self._index: int | None = None  # the step that ended last
         self._total: int | None = None  # number of the scheduler's times; None: no request is announced
@@ -221,6 +248,8 @@ class _Hook:
         """``link`` listens no more; with the last one the methods are the scheduler's own again."""
         self.links = [other for other in self.links if other is not link]
         held = vars(self._scheduler)
+        if not self.links:
+            self.pacer.end()
         for name in _HOOKED if not self.links else ():
             # where somebody wrapped the shadow meanwhile it stays, and tells nobody
             if getattr(held.get(name), "ditopt_hook", None) is self:
@@ -230,6 +259,8 @@ class _Hook:
 
     def begin(self) -> None:
         """The scheduler has its times: a request begins."""
+        self._total = None
+        self.pacer.begin(self.links[0].pace if self.links else ())
         times = getattr(self._scheduler, "timesteps", None)
         self._start, self._index, self._called = 0, None, False
         self._total = len(times) if times is not None else None
@@ -245,6 +276,7 @@ class _Hook:
     def start(self, call: Mapping[str, Any]) -> None:
         """The first call of a request may lie inside the scheduler's times (image to image): the request has the
         steps that remain."""
+        self.pacer.resume()
         if self._called or not self._total:
             return
         self._called = True
@@ -271,6 +303,7 @@ class _Hook:
         last = index + 1 >= self._total
         if last:
             self._total = None
+            self.pacer.end()
         for session in self._sessions():
             session.advance(max(index - self._start, 0))
             if last:

@@ -13,7 +13,9 @@ from torch import fx, nn
 
 from ditopt.engine import Engine
 from ditopt.errors import BadInput
+from ditopt.pacing import refuse_bare
 from ditopt.pipeline import suggest
+from ditopt.recipe import Recipe
 
 OPTIONS = ("recipe", "steps", "target", "roles")
 
@@ -37,7 +39,9 @@ def backend(
         n for n, v in zip(names, example_inputs, strict=True) if isinstance(v, nn.Parameter) or _is_stored(str(n))
     ]
     plain = fx.GraphModule(graph, graph.graph)  # Dynamo's own subclass hides the names of its arguments
-    engine = Engine(plain, given.pop("recipe", "lossless"), weights=[str(w) for w in weights], **given)
+    recipe = Recipe.parse(given.pop("recipe", "lossless"))
+    refuse_bare(recipe, "torch.compile knows none")
+    engine = Engine(plain, recipe, weights=[str(w) for w in weights], **given)
     engines.append(engine)
 
     def run(*args: Any) -> Any:

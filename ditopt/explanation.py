@@ -14,6 +14,7 @@ from ditopt.codegen.probe import NAME as PROBE
 from ditopt.footprint import held_bytes, live_slots
 from ditopt.ir.binding import Binding, bind
 from ditopt.ir.cost import flops, step_flops
+from ditopt.ir.pacing import write_factors
 from ditopt.ir.program import Decision, Program, Region, Rule, Stream, TensorType, formal
 from ditopt.ir.signals import SIGNALS
 from ditopt.ir.sites import AttentionSite, attention_sites
@@ -44,7 +45,7 @@ def explanation(
         ("Attention", _attention(outlined)),
         ("Binding times (what a value depends on)", _binding(program)),
         ("Passes", _passes(history)),
-        ("Decisions", [line for d in final.decisions for line in decision_text(d)] or ["none"]),
+        ("Decisions", [*(line for d in final.decisions for line in decision_text(d)), *pace_text(final)] or ["none"]),
         (f"Graphs on {target}", _graphs(final, target)),
         ("State", _state(final, steps, rows)),
     ]
@@ -155,6 +156,14 @@ def decision_text(d: Decision) -> list[str]:
     if d.gram:
         lines.append("  the host reads inner products of the kept values after a computed step")
     return lines if d.rule is None else [*lines, *(f"  {line}" for line in _rule_text(d.rule))]
+
+
+def pace_text(program: Program) -> list[str]:
+    """By how much the steps of the sampler are shortened, where they are."""
+    if not program.pace:
+        return []
+    said = "the pipeline's scheduler runs at other times: its steps go as far as they would, times"
+    return [f"{said} {write_factors(program.pace)}", "  a model alone has no scheduler: optimize the pipeline"]
 
 
 def _schedule_text(d: Decision) -> str:

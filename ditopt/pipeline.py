@@ -115,6 +115,11 @@ class Pass:
         raise NotImplementedError
 
     @property
+    def pace(self) -> tuple[float, ...]:
+        """What the pass asks of the sampler: factors of its steps (ir/pacing.py), () where it leaves them alone."""
+        return ()
+
+    @property
     def text(self) -> str:
         """Canonical text: the options that differ from their defaults, in field order."""
         given = {f.name: getattr(self, f.name) for f in _fields(type(self)) if getattr(self, f.name) != f.default}

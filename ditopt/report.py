@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ditopt.artifact import Manifest
 from ditopt.errors import BadInput
-from ditopt.explanation import count, decision_text, role_flops, size, weight_bytes
+from ditopt.explanation import count, decision_text, pace_text, role_flops, size, weight_bytes
 from ditopt.ir.program import Program
 from ditopt.measure import Row, cells
 from ditopt.optimized import OptimizedModule
@@ -212,7 +212,8 @@ def _diff(text: str) -> str:
 
 def _decisions(manifest: Manifest, fast: OptimizedModule) -> str:
     """What is decided each step, by what, and what the host read to do so."""
-    if not manifest.decisions:
+    pace = [f"<li>{_e(line.strip())}</li>" for line in pace_text(fast.program)[:1]]
+    if not manifest.decisions and not pace:
         return ""
     last = fast.engine.session.measured
     out = []
@@ -221,7 +222,7 @@ def _decisions(manifest: Manifest, fast: OptimizedModule) -> str:
         if d.rule is not None:
             rest.append(_read(fast.stats.measured[d.name], last.get(d.name, [])))
         out.append(f"<li>{_e(first)}<ul>{''.join(f'<li>{_e(line.strip())}</li>' for line in rest)}</ul></li>")
-    return f"<h3>Decisions</h3><ul>{''.join(out)}</ul>"
+    return f"<h3>Decisions</h3><ul>{''.join([*out, *pace])}</ul>"
 
 
 def _read(times: int, last: Sequence[float]) -> str:

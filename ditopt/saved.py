@@ -35,11 +35,13 @@ def save(model: OptimizedModule, path: str | Path) -> Path:
     from ditopt.codegen.build import refuse_modules
     from ditopt.ir.text import print_program
     from ditopt.optimized import OptimizedModule
+    from ditopt.pacing import refuse_file
 
     if not isinstance(model, OptimizedModule):
         raise BadInput(f"a {type(model).__name__} was given; save takes what ditopt.optimize returned")
     refuse_modules(model.program, "be written")
     model.release.require_all("saved")
+    refuse_file(model.program, "saved")
     compiled, folder = model.compiled, Path(path)
     compiled.captured.refuse_file("saved")
     if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):

@@ -44,7 +44,8 @@ class Cache(Pass):
     ``fitted``: coefficients of the newest computed values for each 0 of ``mask``, in order, as in "1.9 -0.9; 2.8 -1.8":
     they take the place of the predictor's own. ``residual``: predict ``out - in`` instead of ``out``; "auto" does so
     for runs of blocks. ``store``: keep values as they are, or in 8 bits. ``correction``: a file with tables ``scale``
-    and ``shift`` (steps, channels), applied to predicted values.
+    and ``shift`` (steps, channels), applied to predicted values: with ``residual`` to the difference
+    (``corrected=kept``), or to what it adds up to (``whole``).
 
     ``signal`` (ir/signals.py): decide on the steps that the schedule leaves open by a number; then ``every=0`` (the
     default there) forces none, and a ``mask`` allows reuse at its zeros. The rest is the ``Rule``: ``test``,
@@ -71,6 +72,7 @@ class Cache(Pass):
     store: Store = "full"
     correction: str = ""
     table: str = ""
+    corrected: Literal["kept", "whole"] = "kept"
     signal: Literal["none", "residual", "hidden", "modulated", "forecast", "boundary", "change", "drift"] = "none"
     test: Literal["below", "sum", "book"] = "below"
     threshold: float = 0.0
@@ -102,6 +104,8 @@ class Cache(Pass):
             raise RecipeError(f"cache{{since={self.since},until={self.until}}}: expected 0 <= since < until <= 1")
         if not self.low < self.high and (self.low or self.high):
             raise RecipeError(f"cache{{low={self.low:g},high={self.high:g}}}: expected low < high, or 0 for both")
+        if self.corrected == "whole" and not self.correction:
+            raise RecipeError("cache{corrected=whole} says what a correction is of: give its file as well, correction=")
         if set(self.mask) - {"0", "1"}:
             raise RecipeError(f"cache{{mask={self.mask}}}: expected a text of 1 (compute) and 0 (reuse), one a step")
         if self.mask.startswith("0"):
@@ -237,6 +241,7 @@ class Cache(Pass):
             "" if self.signal == "none" else self.signal,
             Predictor("taylor", self.watch) if self.signal == "forecast" else Predictor(),
             Path(self.table) if self.table else None,
+            self.corrected,
         )
 
     def rule(self, slot: str, found: Signal) -> Rule:

@@ -51,7 +51,8 @@ _ORDERED = ("taylor", "newton", "lagrange", "hermite")
 class CacheGuidance(Pass):
     """Make the unconditional branch of guidance of the conditional one at some steps.
 
-    ``every``, ``first``, ``last``, ``mask``, ``since``, ``until``, ``outside``: the steps that run both (``Interval``).
+    ``every``, ``first``, ``last``, ``mask``, ``since``, ``until``, ``outside``, ``low``, ``high``: the steps that run
+    both (``Interval``).
     ``keep``: what of earlier steps is kept; ``predictor``, ``order``: how a difference is predicted. ``form``: how the
     sampler guides, by "calls" or by a doubled "batch"; "auto" looks at the batch of the first call. ``unconditional``:
     which half of a batch that is; "auto" takes the half with one prompt for all of its samples where the other one has
@@ -72,6 +73,8 @@ class CacheGuidance(Pass):
     form: Literal["auto", "calls", "batch"] = "auto"
     unconditional: Literal["auto", "first", "second"] = "auto"
     held: Literal["own", "mean"] = "own"
+    low: float = 0.0
+    high: float = 0.0
 
     contract = "approximate"
     requires = ("canonicalize",)
@@ -84,6 +87,10 @@ class CacheGuidance(Pass):
         if not 0 <= self.since < self.until <= 1:
             raise RecipeError(
                 f"cache_guidance{{since={self.since},until={self.until}}}: expected 0 <= since < until <= 1"
+            )
+        if not self.low < self.high and (self.low or self.high):
+            raise RecipeError(
+                f"cache_guidance{{low={self.low:g},high={self.high:g}}}: expected low < high, or 0 for both"
             )
         if set(self.mask) - {"0", "1"}:
             raise RecipeError(f"cache_guidance{{mask={self.mask}}}: expected 1 (run both) and 0 (one), one a step")
@@ -104,6 +111,8 @@ class CacheGuidance(Pass):
         context.check_mask(self.mask)
         if any(d.guidance for d in program.decisions):
             return Outcome(program, 0, ("guidance is cached already by an earlier pass",))
+        if self.low < self.high and not any(i.role == "timestep" for i in program.inputs):
+            return Outcome(program, 0, ("there is no timestep to compare low and high with",))
         asks = self.form != "calls" and "auto" in (self.form, self.unconditional)
         found = context.guidance() if asks else Guidance()
         if self.form == "auto" and found.copies == 3:
@@ -225,7 +234,7 @@ class _Skipping:
         decision = Decision(
             self.name,
             ("model",),
-            Interval(o.every, o.first, o.last, o.mask, o.since, o.until, outside=o.outside),
+            Interval(o.every, o.first, o.last, o.mask, o.since, o.until, o.low, o.high, outside=o.outside),
             self.reuse.predictor,
             tuple(self.reuse.groups),
             self.reuse.weights if self.reuse.groups else "",

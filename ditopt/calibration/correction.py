@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from ditopt.calibration.mask import Floats, alike, anchors, check, numbers, real, recording, relative_l1, text
 from ditopt.errors import BadInput
+from ditopt.ir.pacing import paced
 
 _FLAT = 1e-12
 """Variance over mean square below which a channel is constant up to rounding, and its slope unknown."""
@@ -100,6 +101,26 @@ def erta_mask(residual: ArrayLike, threshold: float) -> str:
     return text(steps, done)
 
 
+def erta_threshold(residual: ArrayLike, computed: int) -> float:
+    """The smallest threshold at which ``erta_mask`` computes ``computed`` steps at most: its sweep for a given speed.
+
+    A step is judged by its distance to one step that computed, so only distances between steps are worth trying.
+    """
+    array = recording(residual, "the residual")
+    steps = array.shape[1]
+    far = [[float(np.mean([relative_l1(r[i], r[j]) for r in array])) for j in range(steps)] for i in range(steps)]
+
+    def count(threshold: float) -> int:
+        last, done = 0, 1
+        for step in range(1, steps):
+            if not far[last][step] < threshold:
+                last, done = step, done + 1
+        return done
+
+    tried = sorted({float(np.nextafter(d, np.inf)) for i, row in enumerate(far) for d in row[i + 1 :]})
+    return next(t for t in tried if count(t) <= computed)
+
+
 def reused_outputs(inputs: ArrayLike, outputs: ArrayLike, mask: str) -> Floats:
     """ERTACache's outputs on a recorded trajectory: the input plus the held residual, (N, T, P, C)."""
     x, v = _trajectory(inputs, outputs)
@@ -130,7 +151,7 @@ def redistributed(sigmas: ArrayLike, shortening: ArrayLike) -> Floats:
     """ERTACache's time steps: sigmas (T + 1,) of the scheduler, phi (T,) -> sigmas (T + 1,) to run at.
 
     Each step goes its share of the time that is left, in the proportions of the scheduler's own steps, times phi; the
-    last goes to the end. First and last sigma stay, and phi = 1 changes nothing.
+    last goes to the end. First and last sigma stay, and phi = 1 changes nothing (ir/pacing.py).
     """
     times, factor = numbers(sigmas, "sigmas", 1), numbers(shortening, "phi", 1)
     if len(times) != len(factor) + 1:
@@ -140,11 +161,7 @@ def redistributed(sigmas: ArrayLike, shortening: ArrayLike) -> Floats:
     steps = -np.diff(times)
     if not (np.all(steps > 0) or np.all(steps < 0)):
         raise BadInput("ertacache: the sigmas do not fall (or rise) at every step; give those of one run")
-    out = times.copy()
-    for i, own in enumerate(steps[:-1]):
-        left = out[i] - times[-1]
-        out[i + 1] = out[i] - left * (own / steps[i:].sum()) * factor[i]
-    return out
+    return np.array(paced(times.tolist(), factor.tolist()))
 
 
 def rectify(outputs: ArrayLike, reused: ArrayLike, mask: str) -> tuple[Floats, Floats]:

@@ -16,7 +16,7 @@ from ditopt.pipeline import suggest
 
 Array = NDArray[np.float32]
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,8 @@ class Profile:
     ``regions``: each recorded selector -> the names of its values. A selector of modules (``blocks.*.attn``) has one
     for each block (``blocks.3.attn``), one of a run of blocks has one of its own text; where a region leaves several
     values (streams), the later ones are called ``<name>/1``, ``<name>/2``. ``flops``: of one call, by name without
-    that number. ``sigmas``: (T,) float64 where a scheduler has them. ``recordings``: what each of the N is.
+    that number. ``sigmas``: (T + 1,) float64, one a step and that of the end, where a scheduler has them.
+    ``recordings``: what each of the N is.
     """
 
     key: Mapping[str, str]

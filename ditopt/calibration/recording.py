@@ -177,7 +177,7 @@ def _profile(
     work, recordings = passes[0]
     times = np.array([kept.time for kept in recordings[0][1]], dtype=np.float64)
     sigmas = getattr(scheduler, "sigmas", None)
-    known = sigmas is not None and len(sigmas) >= len(times)
+    known = sigmas is not None and len(sigmas) == len(times) + 1
     branches = len(next(iter(work.tape.calls.values())))
     latent = work.tape.latent
     key = {
@@ -193,6 +193,6 @@ def _profile(
         values={n: values[n] for r in dict.fromkeys(regions) for n in names[r]},
         regions={r: names[r] for r in dict.fromkeys(regions)},
         flops=flops,
-        sigmas=np.array([float(s) for s in sigmas[: len(times)]]) if known and sigmas is not None else None,
+        sigmas=np.array([float(s) for s in sigmas]) if known and sigmas is not None else None,
         recordings=tuple(name for name, _ in recordings),
     )

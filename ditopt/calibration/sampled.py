@@ -48,11 +48,12 @@ def sampled(profile: Profile) -> Sampled:
 
 
 def _distances(profile: Profile) -> Floats:
-    """How far each step goes in the model's time, the last one to 0."""
+    """How far each step goes in the model's time, the last one to the end."""
     step = np.abs(np.diff(profile.times))
     last = float(step[-1])
-    if profile.sigmas is not None and profile.sigmas[-2] > profile.sigmas[-1]:
-        last *= float(profile.sigmas[-1] / (profile.sigmas[-2] - profile.sigmas[-1]))
+    if profile.sigmas is not None and profile.sigmas[-3] != profile.sigmas[-2]:
+        before, own = np.abs(np.diff(profile.sigmas[-3:]))
+        last *= float(own / before)
     return np.append(step, last)
 
 

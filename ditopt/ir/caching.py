@@ -53,7 +53,8 @@ _HOLD = Predictor()
 @dataclass(frozen=True)
 class Keeping:
     """What is kept of a region and how it is predicted: see the options of the pass ``cache``. ``watch`` forecasts the
-    signal "forecast". ``table``: the weights of a learned predictor, whose order it says."""
+    signal "forecast". ``table``: the weights of a learned predictor, whose order it says. ``corrected``: whether a
+    correction is of what was kept, or of what stands in for the region."""
 
     predictor: Predictor
     residual: Literal["auto", "yes", "no"] = "auto"
@@ -62,6 +63,7 @@ class Keeping:
     signal: str = ""
     watch: Predictor = _HOLD
     table: Path | None = None
+    corrected: Literal["kept", "whole"] = "kept"
 
 
 class Caching:
@@ -161,10 +163,13 @@ class Caching:
         at = max([value, *([base] if base is not None else [])], key=list(self.e.graph.nodes).index).next
         kept = value if base is None else self.e.op(aten.sub.Tensor, value, base, at=at)
         slots = self.reuse.slots(kept.meta["val"])
-        told = self._told(self.e, slots, kept.meta["val"], self.reuse.control(), self._arguments(), at)
+        whole = self.o.corrected == "whole"
+        told = self._told(self.e, slots, kept.meta["val"], self.reuse.control(), self._arguments(), at, not whole)
         self._remember(slots, kept, told, at)
         if base is not None:
             told = self.e.op(aten.add.Tensor, base, told, at=at)
+        if whole and self.correction is not None:
+            told = self.correction.applied(self.e, told, self._arguments(), at)
         return self.e.op(select, value, told, self.name, at=at)
 
     def _remember(self, slots: list[list[fx.Node]], kept: fx.Node, told: fx.Node, at: fx.Node) -> None:
@@ -184,12 +189,13 @@ class Caching:
         control: fx.Node | None,
         tables: Sequence[fx.Node],
         at: fx.Node,
+        correct: bool = True,
     ) -> fx.Node:
-        """What ``slots`` predict, in the entry or in a body."""
+        """What ``slots`` predict, in the entry or in a body; ``correct``: by the tables, where there are any."""
         if self.learned is not None:
             return self.learned.predicted(e, stored(e, slots, like, at), tables, at)
         told = guess(e, slots, like, control, at)
-        return told if self.correction is None else self.correction.applied(e, told, tables, at)
+        return told if self.correction is None or not correct else self.correction.applied(e, told, tables, at)
 
     # -- the signal ------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ A Program is one step of the denoising loop as functional ATen, plus what the lo
 * ``state``: the slots that live from one step to the next (caches are data, not side effects);
 * ``memos``: values that the loop reads and does not recompute;
 * ``decisions``: what is asked once a step (compute this region, or predict it), with its schedule and predictor;
-* ``regions``: the structure that was discovered.
+* ``regions``: the structure that was discovered;
+* ``pace``: by how much each step of the sampler is shortened (ir/pacing.py), where it is.
 
 Programs are frozen. ``ir/edit.py`` makes new ones, ``ir/text.py`` prints and parses them, ``ir/verify.py`` checks them.
 """
@@ -417,6 +418,7 @@ class Program:
     regions: tuple[Region, ...] = ()
     relies: tuple[Raster, ...] = ()
     applied: tuple[str, ...] = ()
+    pace: tuple[float, ...] = ()
     _cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def replace(self, **changes: Any) -> Program:

@@ -98,6 +98,8 @@ class _Verifier:
                 self.fail(where, f"its function {region.function!r} does not exist")
             for stream in region.streams:
                 self.stream(f"{where}, stream {stream.formal!r}", stream, region)
+        if not all(0 <= f <= 1 for f in p.pace) or p.pace[:1] == (0.0,):
+            self.fail("pace", f"{list(p.pace)} are no factors from 0 to 1, the first above 0")
         self.parents()
         for raster in p.relies:
             self.raster("relies", raster)

@@ -66,6 +66,7 @@ SECTIONS: dict[str, Any] = {
     "regions": Region,
     "relies": Raster,
     "applied": str,
+    "pace": float,
 }
 """Fields of a Program that print as a list, and what they hold."""
 

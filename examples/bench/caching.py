@@ -14,6 +14,7 @@ PSNR over samples to the plain samples of the same seed, and to a run of 200 ste
     guidance       recipes that leave out a branch of guidance
     fitted         recipes of ditopt that are fitted, on other seeds than those they are judged by
     learned        lesa, which is trained, on other seeds as well
+    pace           ERTACache, fitted in the same way: with and without its correction and its changed steps
     diffusers      its cache hooks, in a cache context
     cache-dit      where it is installed (pip install --no-deps cache-dit)
 
@@ -122,13 +123,30 @@ def fitted(levels: Sequence[float], full: int, sample: Any, trials: int) -> Iter
     texts = [f"searched{{share={level},trials={trials}}}" for level in levels]
     texts += [f"magcache{{threshold={t}}}" for t in (0.03, 0.06, 0.12, 0.24)]
     texts += [f"smoothcache{{alpha={a}}}" for a in (0.08, 0.18, 0.35)]
-    for text in texts:
+    yield from (_calibrated("ditopt", text, full, sample) for text in texts)
 
-        def make(pipe: Any, text: str = text) -> Any:
-            recipe = ditopt.calibrate(pipe, text, sample, steps=full, seeds=range(4), progress=False)
-            return ditopt.optimize(pipe, recipe, steps=full, target="eager")
 
-        yield Contestant("ditopt", f"{text} fitted", full, make)
+def pace(levels: Sequence[float], full: int, sample: Any) -> Iterator[Contestant]:
+    """ERTACache as published, without its correction, without its pace, and with neither."""
+    for level in levels:
+        for corrected in (True, False):
+            for adjust in ("true", "false"):
+                text = f"ertacache{{share={level},adjust={adjust}{',table=' if corrected else ''}}}"
+                yield _calibrated("pace", text, full, sample)
+
+
+def _calibrated(family: str, text: str, full: int, sample: Any) -> Contestant:
+    """``text`` fitted on the requests of seeds 0 to 3; ``table=`` without a name takes a file that is gone later."""
+
+    def make(pipe: Any) -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            named = text.replace("table=", f"table={folder}/table.safetensors")
+            recipe = ditopt.calibrate(pipe, named, sample, steps=full, seeds=range(4), progress=False)
+            fast = ditopt.optimize(pipe, recipe, steps=full, target="eager")
+            sample(fast, 0, full)  # captures, while the file is there
+        return fast
+
+    return Contestant(family, f"{text} fitted", full, make)
 
 
 def learned(full: int, name: str) -> Iterator[Contestant]:
@@ -315,7 +333,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="samples of a request")
     parser.add_argument("--levels", default="0.2,0.27,0.33,0.4,0.5,0.6,0.7,0.8", help="shares of plain work")
     parser.add_argument(
-        "--only", default=",".join([*FAMILIES, "fitted", "learned"]), help="families, with commas between"
+        "--only", default=",".join([*FAMILIES, "fitted", "learned", "pace"]), help="families, with commas between"
     )
     parser.add_argument("--trials", type=int, default=10, help="masks that a search runs")
     parser.add_argument("--out", type=Path)
@@ -330,6 +348,8 @@ def main() -> None:
         wanted += fitted(levels, args.steps, bench.shipped.sample, args.trials)
     if "learned" in only:
         wanted += learned(args.steps, args.model)
+    if "pace" in only:
+        wanted += pace(levels, args.steps, bench.shipped.sample)
     rows = read(args.out) if args.keep and args.out and args.out.exists() else []
     there = {(r.family, r.name, r.steps) for r in rows}
     wanted = [c for c in wanted if (c.family, c.name, c.steps) not in there]

@@ -37,7 +37,7 @@ def latents(outputs: np.ndarray) -> np.ndarray:
 
 def profile(outputs: np.ndarray = OUTPUTS) -> Profile:
     values = {"model": outputs, "latent": latents(outputs)[:, :-1]}
-    sigmas = TIMES / 1000
+    sigmas = np.append(TIMES, 0) / 1000
     return Profile({}, TIMES, values, {"model": ("model",), "latent": ("latent",)}, sigmas=sigmas)
 
 

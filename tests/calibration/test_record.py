@@ -131,7 +131,7 @@ def test_a_pipeline_is_recorded_and_left_as_it_was():
     assert torch.equal(pipe(1, STEPS), expected)
     assert profile.key["guidance"] == "1 call a step, 2 copies of the latent"
     assert profile.key["scheduler"].startswith("Scheduler ")
-    assert profile.sigmas == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert profile.sigmas == pytest.approx([1, 0.75, 0.5, 0.25, 0])
     assert profile.values["model"].shape == (1, STEPS, 2 * ALL, WIDTH)
 
 

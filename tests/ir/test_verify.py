@@ -348,6 +348,8 @@ RULES = {
     ),
     "state elsewhere": (state_in_a_body, "prompt, node output: only the entry writes state"),
     # Memos
+    "pace": (lambda p: p.replace(pace=(1.0, 1.5)), "pace: [1.0, 1.5] are no factors from 0 to 1, the first above 0"),
+    "pace begins": (lambda p: p.replace(pace=(0.0, 1.0)), "pace: [0.0, 1.0] are no factors"),
     "memo function": (
         lambda p: with_memo(p, function="step"),
         "memo 'prompt': its function 'step' does not exist or is",

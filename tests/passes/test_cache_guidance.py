@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import pytest
@@ -139,11 +140,19 @@ def test_numbers_measured_on_the_whole_batch_are_refused():
         ("cache_guidance{predictor=dmd}", "without a window"),
         ("cache_guidance{order=1}", "no order"),
         ("cache_guidance{every=-1}", "0 or more"),
+        ("cache_guidance{low=0.8,high=0.1}", "expected low < high, or 0 for both"),
     ],
 )
 def test_bad_options_are_one_sentence(text, said):
     with pytest.raises(RecipeError, match=said):
         PassManager(text).run(example.tiny_dit(1))
+
+
+def test_a_window_of_the_time_needs_a_timestep():
+    program = example.tiny_dit(1)
+    untimed = tuple(dataclasses.replace(i, role="prompt") for i in program.inputs)
+    said = refused(program.replace(inputs=untimed), "cache_guidance{form=calls,high=0.5}")
+    assert "there is no timestep to compare low and high with" in said
 
 
 def test_bands_need_rows_and_columns():

@@ -73,8 +73,17 @@ def interval_guidance(begin: int, end: int) -> Step:
     return step
 
 
-def fastercache(form: str, attention_begin: int, guidance_begin: int, interval: int) -> Step:
-    """With a doubled batch both halves compute attention anew where the unconditional one missed some, and what is
+def fastercache(
+    form: str,
+    attention_begin: int,
+    guidance_begin: int,
+    interval: int,
+    attention_high: float = np.inf,
+    high: float = np.inf,
+) -> Step:
+    """Windows in steps, or in time, below which something is left out: then steps count from the first one.
+
+    With a doubled batch both halves compute attention anew where the unconditional one missed some, and what is
     extrapolated begins there; with two calls the conditional branch goes on."""
     cond, free = Branch(LABELS), Branch(FREE)
     seen: list[list[Array]] = [[] for _ in range(DEPTH)]
@@ -91,10 +100,10 @@ def fastercache(form: str, attention_begin: int, guidance_begin: int, interval: 
         return parts[0].astype(np.float32), parts[1].astype(np.float32)
 
     def step(k: int, x: Array, t: float) -> tuple[bool, Array, Array]:
-        both = k <= guidance_begin or (k - guidance_begin) % interval == 0
+        both = k <= guidance_begin or (k - guidance_begin) % interval == 0 or t >= high
         keeps = k >= attention_begin
         catch_up = form == "batch" and both and missed["any"]
-        reuse = k > attention_begin and (k - attention_begin) % 2 == 1 and not catch_up
+        reuse = k > attention_begin and (k - attention_begin) % 2 == 1 and t < attention_high and not catch_up
 
         def attend(i: int, h: Array) -> Array:
             if reuse:
@@ -122,6 +131,7 @@ CASES: dict[str, Callable[[str], Step]] = {
     "cfg_cache{interval=3,first=1,order=0}": lambda form: cfg_cache(3, 1, 0),
     "interval_guidance": lambda form: interval_guidance(2, 13),
     "fastercache": lambda form: fastercache(form, 6, 6, 5),
+    "fastercache{attention_since=0,attention_high=2,since=0,high=1.8}": lambda form: fastercache(form, 0, 0, 5, 2, 1.8),
 }
 
 
