@@ -15,8 +15,10 @@ from torch import fx
 
 from ditopt.codegen import sparse
 from ditopt.errors import require
+from ditopt.ir.cost import flops
 from ditopt.ir.edit import Editor, replace_functions
 from ditopt.ir.program import Function, Program, callee, is_call
+from ditopt.ir.quantizing import quantized_nodes
 from ditopt.ops import dequantize, int8_linear, norm_quantize, packed_linear, quantize
 from ditopt.ops.int8_linear import decompose as open_int8_linear
 from ditopt.ops.norm_quantize import decompose as open_norm_quantize
@@ -87,6 +89,33 @@ def claims(program: Program, target: str) -> tuple[Claim, ...]:
         inside = program.functions[callee(node)].graph.nodes if is_call(node) else [node]
         found.update(c for n in inside if (c := claim(n, target)) is not None)
     return tuple(dataclasses.replace(c, count=n) for c, n in found.items())
+
+
+@dataclass(frozen=True)
+class Product:
+    """``flops`` a step of products with quantized weights that a target computes in ``integer`` kernels, or does not,
+    because of ``reason``."""
+
+    integer: bool
+    reason: str
+    flops: int
+
+
+def products(program: Program, target: str) -> tuple[Product, ...]:
+    """The layers of a step whose weights are quantized, by how ``target`` multiplies them: what is planned. What ran is
+    the engine's to say (ditopt/kernels.py)."""
+    found: Counter[tuple[bool, str]] = Counter()
+    for node in quantized_nodes(program):
+        found[_integer(node, target)] += flops(node)
+    return tuple(Product(integer, reason, n) for (integer, reason), n in found.items())
+
+
+def _integer(node: fx.Node, target: str) -> tuple[bool, str]:
+    if node.target is int8_linear:
+        return True, _claim(node, target)[1]
+    if node.target is packed_linear:
+        return False, "only their weight is integers, so they are multiplied in floating point"
+    return False, "no integer product takes their formats; they are multiplied dequantized"
 
 
 def claimed(program: Program, target: str) -> Program:
