@@ -19,7 +19,8 @@ from ditopt.ir.cost import flops
 from ditopt.ir.edit import Editor, replace_functions
 from ditopt.ir.program import Function, Program, callee, is_call
 from ditopt.ir.quantizing import quantized_nodes
-from ditopt.ops import dequantize, int8_linear, norm_quantize, packed_linear, quantize
+from ditopt.ops import dequantize, int4_linear, int8_linear, norm_quantize, packed_linear, quantize
+from ditopt.ops.int4_linear import decompose as open_int4_linear
 from ditopt.ops.int8_linear import decompose as open_int8_linear
 from ditopt.ops.norm_quantize import decompose as open_norm_quantize
 from ditopt.ops.norm_quantize import modulated
@@ -56,6 +57,8 @@ def _claim(node: fx.Node, target: str) -> tuple[Form, str]:
     op, on_gpu = node.target, _first(node.meta["val"]).device.type == "cuda"
     if op is int8_linear and on_gpu and target != "onnxruntime":
         return "kernel", "the Triton kernel multiplies in int8 and has the epilogue in registers (codegen/triton)"
+    if op is int4_linear:
+        return _claim_int4(node, target, on_gpu and target != "onnxruntime")
     if target == "eager":
         return "kernel", "torch's int8 product" if op is int8_linear else "one call of torch operators"
     if target == "onnxruntime":
@@ -71,9 +74,26 @@ def _claim(node: fx.Node, target: str) -> tuple[Form, str]:
     return "written out", "Inductor fuses it with what stands around"
 
 
+def _claim_int4(node: fx.Node, target: str, on_gpu: bool) -> tuple[Form, str]:
+    if target == "onnxruntime":
+        why = _why_not_nbits(node)
+        if why:
+            return "written out", why
+        return "kernel", "MatMulNBits reads packed weights; its 8 bit products would round the 4 bit levels again"
+    if on_gpu:
+        group = _shape(node.args[0])[-1] // _shape(node.args[1])[-1]
+        if group % 32 and _shape(node.args[1])[-1] > 1:
+            return "written out", f"the Triton kernel takes groups of a multiple of 32, not of {group}"
+        return "kernel", "the Triton kernel multiplies what it unpacks in int8 and adds the branch in registers"
+    if target == "eager":
+        return "kernel", "one call of torch operators, of dequantized numbers: no CPU multiplies 4 bits"
+    return "written out", "no CPU multiplies 4 bits; Inductor fuses what dequantizes"
+
+
 def _why_not_nbits(node: fx.Node) -> str:
-    """Why MatMulNBits cannot run a packed_linear; "" where it can."""
-    values, scale = (a.meta["val"] for a in node.args[1:3])  # type: ignore[union-attr]
+    """Why MatMulNBits cannot run a packed_linear or int4_linear; "" where it can."""
+    at = 1 if node.target is packed_linear else 2
+    values, scale = (a.meta["val"] for a in node.args[at : at + 2])  # type: ignore[union-attr]
     if values.dtype is not torch.uint8:
         return "MatMulNBits is for 4 bits here"
     group = 2 * values.shape[-1] // scale.shape[-1]
@@ -113,6 +133,10 @@ def products(program: Program, target: str) -> tuple[Product, ...]:
 def _integer(node: fx.Node, target: str) -> tuple[bool, str]:
     if node.target is int8_linear:
         return True, _claim(node, target)[1]
+    if node.target is int4_linear:
+        form, reason = _claim(node, target)
+        on_gpu = node.meta["val"].device.type == "cuda" and target != "onnxruntime"
+        return form == "kernel" and on_gpu, reason
     if node.target is packed_linear:
         return False, "only their weight is integers, so they are multiplied in floating point"
     return False, "no integer product takes their formats; they are multiplied dequantized"
@@ -131,12 +155,14 @@ def claimed(program: Program, target: str) -> Program:
 
 def with_kernels(program: Program) -> Program:
     """``program``; where it computes on a GPU, with the Triton kernels in place. MissingExtra without Triton."""
-    nodes = [n for f in program.functions.values() for n in f.graph.nodes if n.target is int8_linear]
+    nodes = [n for f in program.functions.values() for n in f.graph.nodes if n.target in (int4_linear, int8_linear)]
     if any(n.meta["val"].device.type == "cuda" for n in nodes):
         require("triton", None)
-        from ditopt.codegen.triton.int8_linear import register  # imports triton
+        from ditopt.codegen.triton import int4_linear as four  # imports triton
+        from ditopt.codegen.triton import int8_linear as eight
 
-        register()
+        four.register()
+        eight.register()
     sparse.install(program)
     return program
 
@@ -208,6 +234,14 @@ def _int8_linear(emit: Any, node: fx.Node) -> Any:
     return open_int8_linear(emit, *args, shape=_shape(args[0]))
 
 
+def _int4_linear(emit: Any, node: fx.Node) -> Any:
+    args: Any = node.args
+    thin = args[5] if len(args) > 5 else None
+    dtype = thin.meta["val"].dtype if thin is not None else None
+    shape, columns, groups = _shape(args[0]), _shape(args[2])[0], _shape(args[1])[-1]
+    return open_int4_linear(emit, *args, shape=shape, columns=columns, groups=groups, rank_dtype=dtype)
+
+
 def _packed_linear(emit: Any, node: fx.Node) -> Any:
     args: Any = node.args
     x, values, scale, *bias = args
@@ -220,6 +254,7 @@ _OPEN: dict[Any, Callable[[Any, fx.Node], Any]] = {
     quantize: _quantize,
     dequantize: _dequantize,
     norm_quantize: _norm_quantize,
+    int4_linear: _int4_linear,
     int8_linear: _int8_linear,
     packed_linear: _packed_linear,
 }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ditopt.errors import require
-from ditopt.ops import int8_linear, packed_linear
+from ditopt.ops import int4_linear, int8_linear, packed_linear
 from ditopt.ops.quantize import EPS, OFFSET, quantize_unsigned
 
 DOMAIN = "com.microsoft"
@@ -50,6 +50,32 @@ def translations(opset: int) -> dict[Any, Callable[..., Any]]:
         y = unpack(x, blocks, scale, K=2 * half, N=rows, bits=4, block_size=size, accuracy_level=1)
         return op.Add(y, bias) if bias is not None else y
 
+    def four(
+        values: Any,
+        scale: Any,
+        weight: Any,
+        weight_scale: Any,
+        bias: Any = None,
+        thin: Any = None,
+        up: Any = None,
+        dtype: int = 1,
+        activation: str = "none",
+        gate: Any = None,
+        residual: Any = None,
+    ) -> Any:
+        # not at accuracy level 4, which would round the 15 levels of a group again, to 8 bits
+        *rows, width = (int(n) for n in values.shape)
+        groups = int(scale.shape[-1])
+        x = op.Reshape(op.Cast(values, to=kinds.FLOAT), constant([*rows, groups, width // groups], kinds.INT64))
+        x = op.Reshape(
+            op.Mul(x, op.Unsqueeze(scale, constant([-1], kinds.INT64))), constant([*rows, width], kinds.INT64)
+        )
+        y = packed(x, weight, weight_scale, bias)
+        y = op.Add(y, op.MatMul(thin, op.Transpose(up, perm=[1, 0]))) if thin is not None else y
+        y = _activation(op, activation, y)
+        y = op.Mul(gate, y) if gate is not None else y
+        return op.Add(residual, y) if residual is not None else y
+
     def unsigned(x: Any) -> Any:
         last = constant([-1], kinds.INT64)
         most = op.Max(op.ReduceMax(x, last), op.Neg(op.ReduceMin(x, last)), constant(EPS, kinds.FLOAT))
@@ -57,7 +83,7 @@ def translations(opset: int) -> dict[Any, Callable[..., Any]]:
         zero = constant(OFFSET, kinds.UINT8)
         return op.QuantizeLinear(op.Div(x, scale), constant(1.0, kinds.FLOAT), zero), scale
 
-    return {int8_linear: linear, packed_linear: packed, quantize_unsigned: unsigned}
+    return {int4_linear: four, int8_linear: linear, packed_linear: packed, quantize_unsigned: unsigned}
 
 
 def fused_attention(model: Any) -> int:

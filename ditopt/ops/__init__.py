@@ -6,6 +6,7 @@ Importing this package registers them as ``torch.ops.ditopt.*``.
 from ditopt.ops.attention import attention
 from ditopt.ops.block_sparse_attention import block_sparse_attention
 from ditopt.ops.call_module import call_module
+from ditopt.ops.int4_linear import int4_linear
 from ditopt.ops.int8_linear import int8_linear
 from ditopt.ops.linear_attention import linear_attention
 from ditopt.ops.low_rank import low_rank
@@ -20,6 +21,7 @@ __all__ = [
     "block_sparse_attention",
     "call_module",
     "dequantize",
+    "int4_linear",
     "int8_linear",
     "linear_attention",
     "low_rank",

@@ -58,7 +58,7 @@ def test_reports_say_which_share_is_in_integer_kernels(model, tmp_path):
     assert "by its own profile (12 x aten::_int_mm)" in fast.report(tmp_path / "r.html").read_text()
     told = ditopt.explain(model, "svdquant{rank=4,group=16}", example_inputs=call(), target="eager")
     assert "integer kernels: 0.0% of the" in told
-    assert "no integer product takes their formats" in told
+    assert "no CPU multiplies 4 bits" in told
     assert "integer kernels" not in ditopt.explain(model, "lossless", example_inputs=call(), target="eager")
     lossless = ditopt.optimize(model, "lossless", target="eager").integer_share(**call())
     assert (lossless.share, str(lossless)) == (0.0, "integer kernels on eager: no layer is quantized")
@@ -77,6 +77,19 @@ def test_every_claim_has_a_reason(model):
         assert found["int8_linear"].count == 12
         assert found["int8_linear"].form == ("written out" if target == "inductor" else "kernel")
         assert all(c.reason for c in found.values())
+
+
+def test_4_bit_layers_and_their_branch_are_one_operator(model):
+    fast = ditopt.optimize(model, "svdquant{rank=4,group=16}", target="eager")
+    step(fast)
+    for target in ("eager", "inductor", "onnxruntime"):
+        found = {c.op: c for c in claims(fast.program, target)}
+        assert found["int4_linear"].count == 12
+        assert "dequantize" not in found
+        assert found["int4_linear"].form == ("written out" if target == "inductor" else "kernel")
+        assert all(c.reason for c in found.values())
+    text = str(fast.program.functions["block0"])
+    assert text.count("aten.linear") == 4  # to the thin side of the branch; the way back is in the operator
 
 
 def test_a_weight_that_changes_in_place_is_seen(model):
