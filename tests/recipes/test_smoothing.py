@@ -203,6 +203,8 @@ class Shared(nn.Module):
 
 
 class SharedBlock(nn.Module):
+    narrow: Any
+
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
@@ -244,6 +246,30 @@ def test_where_it_is_not_legal_it_is_not_done(kind, done, said):
     alone = ditopt.optimize(model, "w8a8", target="eager", example_inputs=given)(**given)
     assert far(found, plain) < 4 * far(alone, plain)
     assert not torch.equal(found, alone)
+
+
+class Halves(SharedBlock):
+    """The input of one layer is a part of what another one makes."""
+
+    def forward(self, x, t):
+        a, b = self.up(self.norm(x)).chunk(2, -1)
+        return x + t * self.down(torch.cat([self.narrow(a), b], -1)) + F.scaled_dot_product_attention(x, x, x)
+
+
+def test_parts_of_a_product_take_no_factor():
+    torch.manual_seed(0)
+    model: Any = Shared("")
+    model.blocks = nn.ModuleList(Halves("") for _ in range(3))
+    for block in model.blocks:
+        block.narrow = nn.Linear(16, 16)
+    model.eval().requires_grad_(False)
+    given = {"x": torch.randn(2, 9, 8), "timestep": torch.tensor([0.3, 0.3])}
+    fast = ditopt.optimize(model, "w8a8{alpha=0}", target="eager", example_inputs=given)
+    result = next(r for r in fast.history if r.name == "quantize")
+    assert any("3 of 9 inputs of layers are divided" in n for n in result.notes), (result.notes, result.refused)
+    assert {s.partition("comes from ")[2].partition(",")[0] for s in result.refused} == {"linear", "cat"}, (
+        result.refused
+    )
 
 
 def test_it_is_exact_without_rounding(model, table):
