@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -80,8 +81,12 @@ def translations(opset: int) -> dict[Any, Callable[..., Any]]:
         last = constant([-1], kinds.INT64)
         most = op.Max(op.ReduceMax(x, last), op.Neg(op.ReduceMin(x, last)), constant(EPS, kinds.FLOAT))
         scale = op.Div(most, constant(127.0, kinds.FLOAT))
-        zero = constant(OFFSET, kinds.UINT8)
-        return op.QuantizeLinear(op.Div(x, scale), constant(1.0, kinds.FLOAT), zero), scale
+        shape = [int(n) for n in x.shape]
+        rows = math.prod(shape[:-1])
+        # a scale for each row, in one pass over x
+        flat, scales = op.Reshape(x, constant([rows, shape[-1]], kinds.INT64)), op.Reshape(scale, last)
+        values = op.QuantizeLinear(flat, scales, constant([OFFSET] * rows, kinds.UINT8), axis=0)
+        return op.Reshape(values, constant(shape, kinds.INT64)), scale
 
     return {int4_linear: four, int8_linear: linear, packed_linear: packed, quantize_unsigned: unsigned}
 

@@ -180,6 +180,26 @@ def test_a_weight_that_changes_in_place_is_seen(table):
     assert torch.equal(after, ditopt.optimize(model, recipe, target="eager")(**call())["sample"])
 
 
+@pytest.mark.parametrize(
+    ("recipe", "done"),
+    [
+        (
+            "canonicalize, outline_blocks, quantize{alpha=0}, fuse_quantization",
+            "6 of 12",
+        ),  # no table: divided where made
+        ("ras, w8a8{alpha=0}", "12 of 24"),  # each block once more, on part of the tokens, with the same integers
+        ("fora, w8a8{alpha=0,keep=blocks.1}", "4 of 8"),
+    ],
+)
+def test_it_composes(model, recipe, done):
+    fast = ditopt.optimize(model, recipe, target="eager", steps=12)
+    found = fast(**call())["sample"]
+    result = next(r for r in fast.history if r.name == "quantize")
+    assert any(f"{done} inputs" in n for n in result.notes), result.notes
+    alone = ditopt.optimize(model, "w8a8{alpha=0}", target="eager")(**call())["sample"]
+    assert far(found, alone) < (1e-5 if "keep" not in recipe else 0.05)
+
+
 class Shared(nn.Module):
     """Layers that share what they read, or read it besides others, in blocks with an affine norm."""
 
