@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     recipes.add_argument("name", nargs="?", metavar="NAME")
 
     explain = command("explain", _explain, "structure, binding times and costs of a model, and what each pass does")
+    explain.add_argument("--kernels", action="store_true", help="run a step: which integer kernels, by its own profile")
     explain.add_argument("--dynamic", action="store_true", help="capture one graph for all shapes")
     show = command("show", _show, "print a model's program as text")
     show.add_argument("--after", metavar="PASS", help="stop after this pass; 'capture' shows what was captured")
@@ -288,6 +289,9 @@ def _explain(args: argparse.Namespace) -> None:
     sys.stdout.write(
         ditopt.explain(model, args.recipe, example_inputs=kwargs, steps=args.steps, target=args.target, dynamic=dynamic)
     )
+    if args.kernels:
+        fast = ditopt.optimize(model, args.recipe, steps=args.steps, target=args.target, dynamic=dynamic)
+        print(f"\n{fast.integer_share(**kwargs)}")
 
 
 def _show(args: argparse.Namespace) -> None:

@@ -99,6 +99,7 @@ class Engine:
         self.piece = weights is not None  # a graph of Dynamo, of which there may be several
         self.captures = Captures(model, self.roles, self.weights, dynamic)
         self.session = Session()
+        self.observed = ""  # which integer kernels ran, when they were asked for (ditopt/kernels.py)
         self.target = resolve(target, _place(model)[1])
         check_release(release, self.target)
         self.shelves = Shelves(model, release)

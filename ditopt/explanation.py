@@ -8,7 +8,7 @@ from itertools import groupby
 from torch import fx
 
 from ditopt.artifact import StepGraph
-from ditopt.codegen.claims import claims
+from ditopt.codegen.claims import claims, products
 from ditopt.codegen.lower import lower, lower_memos
 from ditopt.codegen.probe import NAME as PROBE
 from ditopt.footprint import held_bytes, live_slots
@@ -348,7 +348,21 @@ def _graphs(program: Program, target: str) -> list[str]:
         work = [f"{count(g.flops)}FLOP", f"{g.flops / full:.1%}", size(weight_bytes(program, g))]
         lines.append([g.name, where, str(given), str(slots), *work])
     said = [f"{c.count} x {c.op}: {c.form}, {c.reason}" for c in claims(program, target)]
-    return [*_columns(lines, right=(2, 3, 4, 5, 6)), *said]
+    return [*_columns(lines, right=(2, 3, 4, 5, 6)), *said, *integer_plan(program, target)]
+
+
+def integer_plan(program: Program, target: str) -> list[str]:
+    """What share of the quantized layers' FLOPs is planned to run in integer kernels, and why not all; [] where none
+    is."""
+    planned = products(program, target)
+    total = sum(p.flops for p in planned)
+    if not total:
+        return []
+    share = sum(p.flops for p in planned if p.integer) / total
+    return [
+        f"integer kernels: {share:.1%} of the {count(total)}FLOP of quantized layers, as planned for {target}",
+        *(f"  {p.flops / total:.1%} in floating point: {p.reason}" for p in planned if not p.integer),
+    ]
 
 
 def _state(program: Program, steps: int | None, rows: Sequence[Mapping[str, str]] | None) -> list[str]:

@@ -1,8 +1,8 @@
 """Which kernels run a quantized model: one step under the profiler of the engine that runs it.
 
 That a program multiplies integers says nothing about the machine: an engine may compute in floating point what it has
-no kernel for. ``ditopt.kernels.observe`` asks the engine: torch's profiler on eager and Inductor, the profile that
-onnxruntime writes.
+no kernel for. ``fast.integer_share(**kwargs)`` (``observe`` here) asks the engine: torch's profiler on eager and
+Inductor, the profile that onnxruntime writes. What is planned, without running anything, is in ``explain``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ditopt.codegen.claims import products
 from ditopt.errors import BadInput
 from ditopt.explanation import count
-from ditopt.ir.cost import flops
-from ditopt.ir.quantizing import quantized_nodes
 from ditopt.optimized import OptimizedModule
 
 INTEGER = ("aten::_int_mm", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
@@ -29,12 +28,14 @@ INTEGER = ("aten::_int_mm", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQua
 @dataclass(frozen=True)
 class Observed:
     """``quantized``: FLOPs of the layers of a step whose weights are quantized, by the program. ``integer``: of the
-    integer products that the engine ran, by its profile; ``kernels``: how often it ran each of them."""
+    integer products that the engine ran, by its profile; ``kernels``: how often it ran each of them. ``why``: a
+    sentence on each kind of quantized layer that is no integer product."""
 
     target: str
     quantized: int
     integer: int
     kernels: Mapping[str, int]
+    why: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -42,11 +43,14 @@ class Observed:
         return self.integer / self.quantized if self.quantized else 0.0
 
     def __str__(self) -> str:
+        if not self.quantized:
+            return f"integer kernels on {self.target}: no layer is quantized"
         ran = ", ".join(f"{n} x {name}" for name, n in self.kernels.items()) or "none"
-        return (
+        said = (
             f"integer kernels on {self.target}: {self.share:.1%} of the {count(self.quantized)}FLOP of quantized "
-            f"layers ({ran})"
+            f"layers, by its own profile ({ran})"
         )
+        return "; ".join((said, *self.why))
 
 
 def observe(fast: OptimizedModule, *args: Any, **kwargs: Any) -> Observed:
@@ -62,8 +66,15 @@ def observe(fast: OptimizedModule, *args: Any, **kwargs: Any) -> Observed:
         else:
             ran = _of_torch(fast, args, kwargs)
     fast.reset()
-    made, work = Counter(name for name, _ in ran), sum(w for _, w in ran)
-    return Observed(fast.engine.target, sum(map(flops, quantized_nodes(fast.program))), work, dict(made))
+    made, work, target = Counter(name for name, _ in ran), sum(w for _, w in ran), fast.engine.target
+    planned = products(fast.program, target)
+    total = sum(p.flops for p in planned)
+    why = [f"{p.flops / total:.1%}: {p.reason}" for p in planned if not p.integer]
+    if work < sum(p.flops for p in planned if p.integer):
+        why.append("the engine ran fewer integer products than were planned for it")
+    found = Observed(target, total, work, dict(made), tuple(why))
+    fast.engine.observed = str(found)
+    return found
 
 
 def _of_torch(fast: OptimizedModule, args: Any, kwargs: Any) -> list[tuple[str, int]]:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from ditopt.pipeline import PassResult
 from ditopt.release import Shelves
 from ditopt.runtime.account import Row, Stats
 from ditopt.runtime.session import Session
+
+if TYPE_CHECKING:
+    from ditopt.kernels import Observed
 
 _WHY = (
     "ditopt.optimize compiles by itself: a step counter or a timestep read inside a traced forward would recompile "
@@ -138,6 +141,14 @@ class OptimizedModule(nn.Module):
     def stats(self) -> Stats:
         """Calls, reuses and executed FLOPs since optimize."""
         return self.engine.session.stats
+
+    def integer_share(self, *args: Any, **kwargs: Any) -> Observed:
+        """Run one step with these arguments and say which share of the quantized layers' FLOPs ran in integer kernels,
+        by the engine's own profile (``.share``; printable, with what is missing and why). The running request is
+        forgotten. Reports made later show it."""
+        from ditopt.kernels import observe
+
+        return observe(self, *args, **kwargs)
 
     @property
     def schedule_rows(self) -> list[Row]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ditopt.artifact import Manifest
 from ditopt.errors import BadInput
-from ditopt.explanation import count, decision_text, pace_text, role_flops, size, weight_bytes
+from ditopt.explanation import count, decision_text, integer_plan, pace_text, role_flops, size, weight_bytes
 from ditopt.ir.program import Program
 from ditopt.measure import Row, cells
 from ditopt.optimized import OptimizedModule
@@ -250,6 +250,9 @@ def _costs(program: Program, manifest: Manifest, fast: OptimizedModule) -> str:
         said.append(f"State: {size(state)} a guidance branch, in {len(manifest.state)} slots.")
     if manifest.memos:
         said.append(f"Hoisted values: filled {stats.memo_fills} times, found {stats.memo_hits} times.")
+    integers = fast.engine.observed or " ".join(line.strip() for line in integer_plan(program, fast.engine.target))
+    if integers:
+        said.append(f"{integers[0].upper()}{integers[1:]}.")
     parts = [[role, count(f), f"{f / full:.1%}"] for role, f in role_flops(_outlined(fast)).items()]
     return (
         f"<h3>Costs</h3><p>{_e(' '.join(said))}</p>"

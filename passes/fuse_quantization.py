@@ -2,8 +2,9 @@
 
 A linear layer between dequantized operands becomes ``ditopt::int8_linear``: integers times integers, with the scales,
 the bias, the activation, the gate and the residual sum in its epilogue. Quantization after a norm and its modulation
-becomes ``ditopt::norm_quantize``. Layers of which only the weight is quantized become ``ditopt::packed_linear``. Which
-backend runs these how is codegen's (codegen/claims).
+becomes ``ditopt::norm_quantize``. Layers of which only the weight is quantized become ``ditopt::packed_linear``, those
+of 4 bits in groups, with their branch of low rank, ``ditopt::int4_linear``. Which backend runs these how is codegen's
+(codegen/claims).
 
 Sums of integers are exact where those of dequantized numbers round, and the epilogue rounds once: the same values
 within rounding. ``fuse=none`` changes nothing.
@@ -19,7 +20,7 @@ from ditopt.ir.edit import replace_functions
 from ditopt.ir.fusing import Fusing
 from ditopt.ir.program import Program
 from ditopt.ir.quantizing import is_quantized
-from ditopt.ops import int8_linear, packed_linear
+from ditopt.ops import int4_linear, int8_linear, packed_linear
 from ditopt.pipeline import Context, Outcome, Pass
 
 
@@ -52,7 +53,7 @@ class FuseQuantization(Pass):
         if count:
             return Outcome(replace_functions(program, changed), count, tuple(refused))
         nodes = [n for f in program.functions.values() for n in f.graph.nodes]
-        fused = sum(n.target in (int8_linear, packed_linear) for n in nodes)
+        fused = sum(n.target in (int4_linear, int8_linear, packed_linear) for n in nodes)
         nothing = (
             f"all {fused} quantized layers are fused already"
             if fused

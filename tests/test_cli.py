@@ -147,6 +147,13 @@ def test_recipes_lists_and_describes(capsys):
         assert expected in out
 
 
+def test_explain_runs_a_step_for_its_kernels(capsys):
+    code, out, _ = run(capsys, "explain", TINY, "--recipe", "w8a8", "--kernels")
+    assert code == 0
+    assert "integer kernels: 100.0% of the" in out
+    assert "integer kernels on eager: 100.0% of the" in out.splitlines()[-1]
+
+
 def test_explain(capsys):
     code, out, err = run(capsys, "explain", TINY, "--recipe", "fora")
     assert (code, err) == (0, "")

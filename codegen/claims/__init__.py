@@ -13,15 +13,30 @@ import importlib
 import pkgutil
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from ditopt.codegen.claims._entry import Claim, Entry, Form
+from ditopt.codegen.claims._entry import Claim, Entry, Form, on_gpu
+from ditopt.ir.cost import flops
 from ditopt.ir.edit import Editor, replace_functions
 from ditopt.ir.program import Function, Program, callee, is_call
+from ditopt.ir.quantizing import quantized_nodes
 
-__all__ = ["Claim", "Entry", "Form", "claim", "claimed", "claims", "registry", "translations", "with_kernels"]
+__all__ = [
+    "Claim",
+    "Entry",
+    "Form",
+    "Product",
+    "claim",
+    "claimed",
+    "claims",
+    "products",
+    "registry",
+    "translations",
+    "with_kernels",
+]
 
 ORIGIN = "claims"
 
@@ -55,6 +70,30 @@ def claims(program: Program, target: str) -> tuple[Claim, ...]:
     return tuple(dataclasses.replace(c, count=n) for c, n in found.items())
 
 
+@dataclass(frozen=True)
+class Product:
+    """``flops`` a step of products with quantized weights that a target computes in ``integer`` kernels, or does not,
+    because of ``reason``."""
+
+    integer: bool
+    reason: str
+    flops: int
+
+
+def products(program: Program, target: str) -> tuple[Product, ...]:
+    """The layers of a step whose weights are quantized, by how ``target`` multiplies them: what is planned. What ran is
+    the engine's to say (ditopt/kernels.py)."""
+    found: Counter[tuple[bool, str]] = Counter()
+    for node in quantized_nodes(program):
+        entry = registry().get(node.target)
+        said = entry.integer(node, target) if entry is not None and entry.integer is not None else _DEQUANTIZED
+        found[said] += flops(node)
+    return tuple(Product(integer, reason, n) for (integer, reason), n in found.items())
+
+
+_DEQUANTIZED = False, "no integer product takes their formats; they are multiplied dequantized"
+
+
 def claimed(program: Program, target: str) -> Program:
     """``program`` with what no kernel of ``target`` runs written out; memo functions, which run eagerly, stay."""
     memos = {m.function for m in program.memos}
@@ -80,12 +119,6 @@ def with_kernels(program: Program) -> Program:
 def translations(opset: int) -> dict[Any, Callable[..., Any]]:
     """For torch.onnx: how each operator that is left for onnxruntime is written."""
     return {op: made(opset) for entry in registry().values() for op, made in entry.onnx.items()}
-
-
-def on_gpu(node: fx.Node) -> bool:
-    """Whether ``node`` computes on a GPU."""
-    value = node.meta["val"]
-    return bool((value[0] if isinstance(value, (tuple, list)) else value).device.type == "cuda")
 
 
 def _writes(node: fx.Node, target: str) -> Callable[..., Any] | None:

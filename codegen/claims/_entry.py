@@ -26,13 +26,21 @@ class Entry:
     """``claim(node, target)``: how ``op`` is run there, and the reason. ``write(emit, node, target)``: the node written
     out by ``emit(op, *args, **kwargs)``, its result or one for each of its results; None where ir/opening.py does so.
     ``install(node)``: asked for each node on a GPU, puts the kernel for it in place. ``onnx``: for torch.onnx, from an
-    opset how an operator that stays, or that ``write`` makes, is written."""
+    opset how an operator that stays, or that ``write`` makes, is written. ``integer(node, target)``: of a product with
+    a quantized weight, whether it is one of integers there, and the reason."""
 
     op: Any
     claim: Callable[[fx.Node, str], tuple[Form, str]]
     write: Callable[[Any, fx.Node, str], Any] | None = None
     install: Callable[[fx.Node], None] | None = None
     onnx: Mapping[Any, Callable[[int], Callable[..., Any]]] = field(default_factory=dict)
+    integer: Callable[[fx.Node, str], tuple[bool, str]] | None = None
+
+
+def on_gpu(node: fx.Node) -> bool:
+    """Whether ``node`` computes on a GPU."""
+    value = node.meta["val"]
+    return bool((value[0] if isinstance(value, (tuple, list)) else value).device.type == "cuda")
 
 
 def shape_of(node: Any) -> tuple[int, ...]:

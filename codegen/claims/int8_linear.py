@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from ditopt.codegen.claims._entry import Entry, Form, shape_of
+from ditopt.codegen.claims._entry import Entry, Form, on_gpu, shape_of
 from ditopt.codegen.onnx.quantized import linear
 from ditopt.errors import require
 from ditopt.ops import int8_linear
@@ -16,7 +16,7 @@ from ditopt.ops.int8_linear import decompose
 def _claim(node: fx.Node, target: str) -> tuple[Form, str]:
     if target == "onnxruntime":
         return "kernel", "MatMulIntegerToFloat, of unsigned activations: several times faster than signed ones"
-    if node.meta["val"].device.type == "cuda":
+    if on_gpu(node):
         return "kernel", "the Triton kernel multiplies in int8 and has the epilogue in registers (codegen/triton)"
     if target == "eager":
         return "kernel", "torch's int8 product"
@@ -35,4 +35,8 @@ def _install(node: fx.Node) -> None:
     register()
 
 
-ENTRIES = (Entry(int8_linear, _claim, _write, _install, {int8_linear: linear}),)
+def _integer(node: fx.Node, target: str) -> tuple[bool, str]:
+    return True, _claim(node, target)[1]
+
+
+ENTRIES = (Entry(int8_linear, _claim, _write, _install, {int8_linear: linear}, _integer),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,6 +63,40 @@ def packed(opset: int) -> Callable[..., Any]:
     return written
 
 
+def four(opset: int) -> Callable[..., Any]:
+    """``ditopt::int4_linear``."""
+    op, kinds, constant = _written(opset)
+    product = packed(opset)
+
+    def written(
+        values: Any,
+        scale: Any,
+        weight: Any,
+        weight_scale: Any,
+        bias: Any = None,
+        thin: Any = None,
+        up: Any = None,
+        dtype: int = 1,
+        activation: str = "none",
+        gate: Any = None,
+        residual: Any = None,
+    ) -> Any:
+        # not at accuracy level 4, which would round the 15 levels of a group again, to 8 bits
+        *rows, width = (int(n) for n in values.shape)
+        groups = int(scale.shape[-1])
+        x = op.Reshape(op.Cast(values, to=kinds.FLOAT), constant([*rows, groups, width // groups], kinds.INT64))
+        x = op.Reshape(
+            op.Mul(x, op.Unsqueeze(scale, constant([-1], kinds.INT64))), constant([*rows, width], kinds.INT64)
+        )
+        y = product(x, weight, weight_scale, bias)
+        y = op.Add(y, op.MatMul(thin, op.Transpose(up, perm=[1, 0]))) if thin is not None else y
+        y = _activation(op, activation, y)
+        y = op.Mul(gate, y) if gate is not None else y
+        return op.Add(residual, y) if residual is not None else y
+
+    return written
+
+
 def unsigned(opset: int) -> Callable[..., Any]:
     """``ditopt::quantize_unsigned``."""
     op, kinds, constant = _written(opset)
@@ -70,8 +105,12 @@ def unsigned(opset: int) -> Callable[..., Any]:
         last = constant([-1], kinds.INT64)
         most = op.Max(op.ReduceMax(x, last), op.Neg(op.ReduceMin(x, last)), constant(EPS, kinds.FLOAT))
         scale = op.Div(most, constant(127.0, kinds.FLOAT))
-        zero = constant(OFFSET, kinds.UINT8)
-        return op.QuantizeLinear(op.Div(x, scale), constant(1.0, kinds.FLOAT), zero), scale
+        shape = [int(n) for n in x.shape]
+        rows = math.prod(shape[:-1])
+        # a scale for each row, in one pass over x
+        flat, scales = op.Reshape(x, constant([rows, shape[-1]], kinds.INT64)), op.Reshape(scale, last)
+        values = op.QuantizeLinear(flat, scales, constant([OFFSET] * rows, kinds.UINT8), axis=0)
+        return op.Reshape(values, constant(shape, kinds.INT64)), scale
 
     return written
 

@@ -16,14 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ditopt.ops.int8_linear import ACTIVATIONS, check
+from ditopt.codegen.triton.epilogue import NUMBERS, activated, extras
+from ditopt.ops.int8_linear import check
 
 ROWS = {128: 8, 64: 4}
 """Rows of a tile, for many and for few rows in all, and the warps that compute it."""
 
 BLOCK_N, BLOCK_K, STAGES = 64, 64, 3
-NUMBERS = {name: k for k, name in enumerate(ACTIVATIONS)}
-"""Activations as the kernel knows them."""
 
 
 @triton.jit
@@ -76,15 +75,7 @@ def kernel(  # type: ignore[no-untyped-def]
     y = y * tl.load(weight_scale + n, mask=n_in, other=0.0)[None, :]
     if HAS_BIAS:
         y = y + tl.load(bias + n, mask=n_in, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION == 1:
-        y = tl.maximum(y, 0.0)
-    elif ACTIVATION == 2:
-        y = y * tl.sigmoid(y)
-    elif ACTIVATION == 3:
-        y = 0.5 * y * (1.0 + tl.math.erf(y * 0.7071067811865476))
-    elif ACTIVATION == 4:
-        inner = 0.7978845608028654 * (y + 0.044715 * y * y * y)
-        y = y * tl.sigmoid(2.0 * inner)  # (1 + tanh(x)) / 2
+    y = activated(y, ACTIVATION)
     inside = m_in[:, None] & n_in[None, :]
     sample, token = (m_far // tokens)[:, None], (m_far % tokens)[:, None]
     if HAS_GATE:
@@ -120,7 +111,7 @@ def launch(
     if out.numel() == 0:
         return out
     tokens = values.shape[-2]
-    gate_at, residual_at = _strides(gate, out), _strides(residual, out)
+    gated, added, at = extras(gate, residual, out)
     block_m, block_n, block_k = blocks or (128 if rows > 64 else 64, BLOCK_N, BLOCK_K)
     grid = (triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n),)
     kernel[grid](
@@ -129,15 +120,14 @@ def launch(
         weight.contiguous(),
         weight_scale.contiguous(),
         bias if bias is not None else out,
-        gate_at[0],
-        residual_at[0],
+        gated,
+        added,
         out,
         rows,
         columns,
         width,
         tokens,
-        *gate_at[1],
-        *residual_at[1],
+        *at,
         ACTIVATION=NUMBERS[activation],
         HAS_BIAS=bias is not None,
         HAS_GATE=gate is not None,
@@ -149,16 +139,6 @@ def launch(
         num_stages=STAGES,
     )
     return out
-
-
-def _strides(extra: Tensor | None, out: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """``extra`` as (samples, tokens, columns) with its strides there: 0 along what it is broadcast over."""
-    if extra is None:
-        return out, (0, 0, 0)
-    wide = extra.expand(out.shape)
-    if wide.ndim != 3:
-        wide = wide.reshape(-1, *out.shape[-2:])
-    return wide, tuple(wide.stride())  # type: ignore[return-value]
 
 
 @functools.cache

@@ -14,7 +14,15 @@ from torch import fx
 
 from ditopt._torch import int_mm
 from ditopt.ir.program import Function, Program, callee, is_call
-from ditopt.ops import attention, block_sparse_attention, int8_linear, linear_attention, packed_linear, select_blocks
+from ditopt.ops import (
+    attention,
+    block_sparse_attention,
+    int4_linear,
+    int8_linear,
+    linear_attention,
+    packed_linear,
+    select_blocks,
+)
 from ditopt.ops.block_sparse_attention import blocks
 from ditopt.ops.call_module import BODIES, call_module
 
@@ -36,6 +44,12 @@ def _addmm(node: fx.Node) -> int:
 
 def _int8_linear(node: fx.Node) -> int:
     return 2 * math.prod(_shape(node)) * _shape(node.args[2])[-1]
+
+
+def _int4_linear(node: fx.Node) -> int:
+    thin: Any = node.args[5] if len(node.args) > 5 else None
+    inputs = _shape(node.args[0])[-1] + (_shape(thin)[-1] if thin is not None else 0)
+    return 2 * math.prod(_shape(node)) * inputs
 
 
 def _packed_linear(node: fx.Node) -> int:
@@ -140,6 +154,7 @@ _COUNT: dict[Any, Callable[[fx.Node], int]] = {
     aten.conv_transpose3d.input: _transposed,
     aten.scaled_dot_product_attention.default: _attention,
     int_mm: _matmul,
+    int4_linear: _int4_linear,
     int8_linear: _int8_linear,
     packed_linear: _packed_linear,
     call_module: _module,

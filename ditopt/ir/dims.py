@@ -21,7 +21,7 @@ from torch import fx
 
 from ditopt.ir.binding import data_operands
 from ditopt.ir.cost import is_attention, is_convolution
-from ditopt.ops import int8_linear, packed_linear, select_blocks
+from ditopt.ops import int4_linear, int8_linear, packed_linear, select_blocks
 
 aten = torch.ops.aten
 
@@ -372,6 +372,7 @@ _RULES: dict[Any, Callable[[fx.Node, Any, Known], Dims]] = {
     aten.slice_scatter.default: _slice_scatter,
     aten.select_scatter.default: _select_scatter,
     aten.linear.default: _linear,
+    int4_linear: _linear,
     int8_linear: _linear,
     packed_linear: _linear,
     aten.embedding.default: _embedding,

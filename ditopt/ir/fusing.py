@@ -10,7 +10,7 @@ from torch import fx
 
 from ditopt.ir.edit import Editor
 from ditopt.ir.program import Function, TensorType
-from ditopt.ops import dequantize, int8_linear, norm_quantize, packed_linear, quantize
+from ditopt.ops import dequantize, int4_linear, int8_linear, norm_quantize, packed_linear, quantize
 
 aten = torch.ops.aten
 
@@ -50,14 +50,37 @@ class Fusing:
                 self._why["their weight is in groups that are not packed"] += 1
             return
         operands = (*x.args[:2], *weight.args[:2])
+        if weight.args[0].meta["val"].dtype is torch.uint8:
+            self._packed(node, operands, bias, around)
+            return
         if any(o.meta["val"].dtype is not torch.int8 for o in operands[::2]) or any(
             o.meta["val"].shape[-1] != 1 for o in operands[1::2]
         ):
-            self._why["integers of less than 8 bits, in groups, have no product; they are computed dequantized"] += 1
+            self._why[
+                "integers in groups have a product where their weight is packed; they are computed dequantized"
+            ] += 1
             return
         last, activation, gate, residual = self._after(node) if around else (node, "none", None, None)
         dtype = node.meta["val"].dtype
         new = self.e.op(int8_linear, *operands, bias, dtype, activation, gate, residual, at=last, **where)
+        self._put(last, new)
+
+    def _packed(self, node: fx.Node, operands: tuple[fx.Node, ...], bias: fx.Node | None, around: bool) -> None:
+        """A layer of 4 bit integers in groups, with the branch of low rank that is added to it."""
+        values, scale, _, weight_scale = operands
+        where: dict[str, Any] = {"region": str(node.meta["region"])}
+        if (
+            values.meta["val"].dtype is not torch.int8
+            or scale.meta["val"].shape[-1] != weight_scale.meta["val"].shape[-1]
+        ):
+            self._why["the groups of their weight and their input differ"] += 1
+            return
+        last, thin, up = node, None, None
+        if (branch := _branch(node)) is not None:
+            last, thin, up = branch
+        dtype = node.meta["val"].dtype
+        last, *after = self._after(last) if around else (last, "none", None, None)
+        new = self.e.op(int4_linear, *operands, bias, thin, up, dtype, *after, at=last, **where)
         self._put(last, new)
 
     def _put(self, old: fx.Node, new: fx.Node) -> None:
@@ -124,6 +147,18 @@ class Fusing:
 def _only_user(node: fx.Node) -> fx.Node | None:
     users = list(node.users)
     return users[0] if len(users) == 1 and users[0].op == "call_function" else None
+
+
+def _branch(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """The sum of ``node`` and a product with a thin weight, where that is all that reads both; what the thin weight is
+    multiplied with, and the weight."""
+    user = _only_user(node)
+    other = _other(user, node, aten.add.Tensor) if user is not None else None
+    if user is None or other is None or other.target is not aten.linear.default or _only_user(other) is not user:
+        return None
+    args: Any = other.args
+    same = args[0].meta["val"].ndim == node.meta["val"].ndim
+    return (user, args[0], args[1]) if len(args) == 2 and same and args[0].target is aten.linear.default else None
 
 
 def _activation(node: fx.Node) -> str:

@@ -27,7 +27,7 @@ from ditopt.ir.layers import Layer, latent_layer
 from ditopt.ir.program import Formal, Function, Program, call_args, callee, formal, is_call
 from ditopt.ir.scheme import QuantScheme, Smooth
 from ditopt.ir.smoothing import Group, Place, Smoothing, divided
-from ditopt.ops import dequantize, int8_linear, low_rank, packed_linear, quantize
+from ditopt.ops import dequantize, int4_linear, int8_linear, low_rank, packed_linear, quantize
 
 aten = torch.ops.aten
 
@@ -342,4 +342,4 @@ def is_quantized(node: fx.Node) -> bool:
     """Whether ``node`` multiplies by a weight of small integers."""
     args: Any = node.args
     dequantized = node.target is aten.linear.default and args[1].target is dequantize
-    return node.target in (int8_linear, packed_linear) or dequantized
+    return node.target in (int4_linear, int8_linear, packed_linear) or dequantized

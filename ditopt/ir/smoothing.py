@@ -9,6 +9,7 @@ disappear, and the layer stays without.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +42,18 @@ _NORMS: dict[Any, tuple[int, ...]] = {aten.layer_norm.default: (2, 3), aten.rms_
 
 _VIEWS = (aten.view.default, aten.reshape.default, aten._to_copy.default, aten.clone.default)
 
-_SHAPES = (*_VIEWS, aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim)
+_SHAPES = (
+    *_VIEWS,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    operator.getitem,
+)
 
 
 @dataclass(frozen=True)
@@ -111,11 +123,16 @@ def _push(
     if target is aten.mul.Tensor and (still(0) or still(1)):
         found.append(Place(node, 0 if still(0) else 1))
         return ""
-    while target in _SHAPES:
-        node = args[0]
-        args, target = node.args, node.target
-    made = str(target).split(".")[1].replace("_", " ") if node.op == "call_function" else "outside of the block"
-    return f"their input comes from {made}, which takes no factor"
+    return f"their input comes from {_maker(node)}, which takes no factor"
+
+
+def _maker(node: fx.Node) -> str:
+    """The operator that made a value, but for views of it."""
+    while node.target in _SHAPES:
+        node = node.all_input_nodes[0]
+    if node.op != "call_function":
+        return "outside of the block"
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0].replace("_", " ")
 
 
 # -- recorded magnitudes -----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from ditopt.ops.attention import attention
 from ditopt.ops.block_sparse_attention import block_sparse_attention
 from ditopt.ops.call_module import call_module
 from ditopt.ops.gather_tokens import gather_tokens
+from ditopt.ops.int4_linear import int4_linear
 from ditopt.ops.int8_linear import int8_linear
 from ditopt.ops.linear_attention import linear_attention
 from ditopt.ops.low_rank import low_rank
@@ -23,6 +24,7 @@ __all__ = [
     "call_module",
     "dequantize",
     "gather_tokens",
+    "int4_linear",
     "int8_linear",
     "linear_attention",
     "low_rank",

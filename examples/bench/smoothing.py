@@ -13,13 +13,14 @@ import re
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import ditopt
 from ditopt import demo
 
 SCHEMES = {"w8a8": "w8a8", "svdquant": "svdquant{rank=16,group=32}"}
-ALPHAS = (0.0, 0.3, 0.5)
+ALPHAS = (0.3, 0.5, 0.75)
 
 
 def with_alpha(recipe: str, alpha: float | None, maxima: Path) -> str:
@@ -39,7 +40,9 @@ def smoothed(model: demo.Shipped, recipe: str, steps: int) -> str:
     return found.group(1) if found else ""
 
 
-def run(name: str, samples: int, steps: int, seeds: int, folder: Path) -> list[dict[str, object]]:
+def run(
+    name: str, schemes: Sequence[str], samples: int, steps: int, seeds: int, folder: Path
+) -> list[dict[str, object]]:
     """The rows of one model."""
     model, table = demo.shipped(name, samples), folder / f"{name}.safetensors"
     ditopt.calibrate(
@@ -48,6 +51,7 @@ def run(name: str, samples: int, steps: int, seeds: int, folder: Path) -> list[d
     wanted = {
         with_alpha(recipe, alpha, table): (scheme, alpha)
         for scheme, recipe in SCHEMES.items()
+        if scheme in schemes
         for alpha in (None, *ALPHAS)
     }
     found = demo.bench(model, [(r, "eager") for r in wanted], steps=steps, rounds=1, compiled=False)
@@ -70,6 +74,7 @@ def run(name: str, samples: int, steps: int, seeds: int, folder: Path) -> list[d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["digits", "scenes", "sprites"])
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=1, help="requests that are recorded")
     parser.add_argument("--steps", type=int, default=30)
@@ -79,7 +84,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
-            rows += run(name, args.samples, args.steps, args.seeds, Path(folder))
+            rows += run(name, args.schemes, args.samples, args.steps, args.seeds, Path(folder))
     with open(args.out, "w", newline="") if args.out else sys.stdout as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()

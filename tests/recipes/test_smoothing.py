@@ -180,6 +180,26 @@ def test_a_weight_that_changes_in_place_is_seen(table):
     assert torch.equal(after, ditopt.optimize(model, recipe, target="eager")(**call())["sample"])
 
 
+@pytest.mark.parametrize(
+    ("recipe", "done"),
+    [
+        (
+            "canonicalize, outline_blocks, quantize{alpha=0}, fuse_quantization",
+            "6 of 12",
+        ),  # no table: divided where made
+        ("ras, w8a8{alpha=0}", "12 of 24"),  # each block once more, on part of the tokens, with the same integers
+        ("fora, w8a8{alpha=0,keep=blocks.1}", "4 of 8"),
+    ],
+)
+def test_it_composes(model, recipe, done):
+    fast = ditopt.optimize(model, recipe, target="eager", steps=12)
+    found = fast(**call())["sample"]
+    result = next(r for r in fast.history if r.name == "quantize")
+    assert any(f"{done} inputs" in n for n in result.notes), result.notes
+    alone = ditopt.optimize(model, "w8a8{alpha=0}", target="eager")(**call())["sample"]
+    assert far(found, alone) < (1e-5 if "keep" not in recipe else 0.05)
+
+
 class Shared(nn.Module):
     """Layers that share what they read, or read it besides others, in blocks with an affine norm."""
 
@@ -203,6 +223,8 @@ class Shared(nn.Module):
 
 
 class SharedBlock(nn.Module):
+    narrow: Any
+
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
@@ -244,6 +266,30 @@ def test_where_it_is_not_legal_it_is_not_done(kind, done, said):
     alone = ditopt.optimize(model, "w8a8", target="eager", example_inputs=given)(**given)
     assert far(found, plain) < 4 * far(alone, plain)
     assert not torch.equal(found, alone)
+
+
+class Halves(SharedBlock):
+    """The input of one layer is a part of what another one makes."""
+
+    def forward(self, x, t):
+        a, b = self.up(self.norm(x)).chunk(2, -1)
+        return x + t * self.down(torch.cat([self.narrow(a), b], -1)) + F.scaled_dot_product_attention(x, x, x)
+
+
+def test_parts_of_a_product_take_no_factor():
+    torch.manual_seed(0)
+    model: Any = Shared("")
+    model.blocks = nn.ModuleList(Halves("") for _ in range(3))
+    for block in model.blocks:
+        block.narrow = nn.Linear(16, 16)
+    model.eval().requires_grad_(False)
+    given = {"x": torch.randn(2, 9, 8), "timestep": torch.tensor([0.3, 0.3])}
+    fast = ditopt.optimize(model, "w8a8{alpha=0}", target="eager", example_inputs=given)
+    result = next(r for r in fast.history if r.name == "quantize")
+    assert any("3 of 9 inputs of layers are divided" in n for n in result.notes), (result.notes, result.refused)
+    assert {s.partition("comes from ")[2].partition(",")[0] for s in result.refused} == {"linear", "cat"}, (
+        result.refused
+    )
 
 
 def test_it_is_exact_without_rounding(model, table):

@@ -45,6 +45,23 @@ def test_the_engine_itself_says_that_integers_are_multiplied(model, target):
     assert "100.0%" in str(seen)
     weights_only = observe(ditopt.optimize(model, "w4a16{group=16}", target=target), **call())
     assert (weights_only.share, dict(weights_only.kernels)) == (0.0, {})
+    assert "100.0%: only their weight is integers" in str(weights_only)
+
+
+def test_reports_say_which_share_is_in_integer_kernels(model, tmp_path):
+    fast = ditopt.optimize(model, "w8a8", target="eager")
+    step(fast)
+    planned = fast.report(tmp_path / "r.html").read_text()
+    assert "100.0% of the 3.1 MFLOP of quantized layers, as planned for eager" in planned
+    seen = fast.integer_share(**call())
+    assert seen.share == pytest.approx(1.0)
+    assert "by its own profile (12 x aten::_int_mm)" in fast.report(tmp_path / "r.html").read_text()
+    told = ditopt.explain(model, "svdquant{rank=4,group=16}", example_inputs=call(), target="eager")
+    assert "integer kernels: 0.0% of the" in told
+    assert "no CPU multiplies 4 bits" in told
+    assert "integer kernels" not in ditopt.explain(model, "lossless", example_inputs=call(), target="eager")
+    lossless = ditopt.optimize(model, "lossless", target="eager").integer_share(**call())
+    assert (lossless.share, str(lossless)) == (0.0, "integer kernels on eager: no layer is quantized")
 
 
 def test_observe_takes_optimized_models(model):
@@ -60,6 +77,19 @@ def test_every_claim_has_a_reason(model):
         assert found["int8_linear"].count == 12
         assert found["int8_linear"].form == ("written out" if target == "inductor" else "kernel")
         assert all(c.reason for c in found.values())
+
+
+def test_4_bit_layers_and_their_branch_are_one_operator(model):
+    fast = ditopt.optimize(model, "svdquant{rank=4,group=16}", target="eager")
+    step(fast)
+    for target in ("eager", "inductor", "onnxruntime"):
+        found = {c.op: c for c in claims(fast.program, target)}
+        assert found["int4_linear"].count == 12
+        assert "dequantize" not in found
+        assert found["int4_linear"].form == ("written out" if target == "inductor" else "kernel")
+        assert all(c.reason for c in found.values())
+    text = str(fast.program.functions["block0"])
+    assert text.count("aten.linear") == 4  # to the thin side of the branch; the way back is in the operator
 
 
 def test_a_weight_that_changes_in_place_is_seen(model):
