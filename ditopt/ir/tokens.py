@@ -349,10 +349,9 @@ class Chooser:
         """Score this step's prediction, and count whom it left out."""
         work, e = self.work, self.work.e
         work.reuse.update(self.scores, score(e, work.short, output, met, work.scoring, work.channels(output)), "always")
-        shape, device = [work.set.rows, work.set.tokens], self.skips.meta["val"].device
-        ones = e.op(aten.full.default, shape, 1.0, dtype=torch.float32, device=device)
-        left_out = e.op(aten.scatter.value, ones, 1, self.index, 0.0)
-        skips = e.op(aten.add.Tensor, self.skips, left_out)
+        end, place = e.graph.output_node(), Place(1, 0, work.set.tokens, 0)
+        grown = e.op(aten.add.Tensor, self.skips, 1.0)
+        skips = work.short.put(grown, work.short.gather(self.skips, place, 2, end), place, end)
         work.reuse.update(self.skips, e.op(select, self.skips, skips, work.name), "always")
 
 
