@@ -10,7 +10,7 @@ import pytest
 from ditopt.artifact import StepGraph
 from ditopt.errors import DitoptWarning, SessionError
 from ditopt.ir.program import Decision, Interval, Predictor
-from ditopt.runtime.policy import Anchor, choose, fit, schedule, table
+from ditopt.runtime.policy import Anchor, choose, fit, schedule, table, wanted_sets
 from ditopt.runtime.predict import weights
 
 
@@ -228,3 +228,13 @@ def test_a_window_in_the_models_time():
     assert "".join(r.choices["cache"][0] for r in rows) == "cccrcrrrcc"
     with pytest.raises(SessionError, match="pass the timesteps of the 10 steps"):
         table([decision(interval=Interval(4, low=100.0, high=800.0))], 10)
+
+
+def test_a_choice_among_paths_that_are_not_taken_is_none():
+    """Later steps take another path of the partial step; a step that computes everything takes neither."""
+    full = Decision("tokens0", ("blocks.0",), Interval(0, 1, resets="5"), Predictor(), (("tokens0.0.0",),), "")
+    path = Decision("tokens1", ("blocks.0.tokens0",), Interval(0, 0, since=0.5), Predictor("none"), (), "")
+    rows = [tuple(r.choices.values()) for r in table((full, path), 8)]
+    first, second, all_ = ("reuse", "compute"), ("reuse", "reuse"), ("compute", "compute")
+    assert rows == [all_, first, first, first, second, all_, second, second]
+    assert set(wanted_sets((full, path), 8)) == {frozenset(), frozenset({"tokens0"}), frozenset({"tokens0", "tokens1"})}
