@@ -131,9 +131,9 @@ def test_a_second_request_is_like_the_first():
     assert torch.equal(run(fast, 3), first)
 
 
-@pytest.mark.parametrize("target", ["inductor", "onnxruntime"])
-def test_other_targets(target):
-    assert error(run(optimized("ras", target)), transcribed()) < 1e-4
+@pytest.mark.parametrize(("target", "text"), [("inductor", "ras"), ("onnxruntime", "ras{later=0.25@60%}")])
+def test_other_targets(target, text):
+    assert error(run(optimized(text, target)), transcribed(**CASES[text])) < 1e-4
 
 
 def test_all_tokens_are_exact_on_the_partial_path():
