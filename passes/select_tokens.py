@@ -13,6 +13,8 @@ step, the neutral setting: what is computed is the same, bit for bit. Approximat
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -31,12 +33,14 @@ class SelectTokens(Pass):
     """Compute only part of the tokens on some steps.
 
     ``region``: the run of blocks (ir/select.py). ``ratio``: the share of tokens that a partial step computes, rounded
-    down to a ``multiple`` of them (at least one). ``first``, ``every``, ``last``, ``resets``, ``mask``: the steps that
+    down to a ``multiple`` of them (at least one). ``then``: other shares for later steps, each from a share of the
+    request on, such as "0.35@40% 0.25@70%". ``first``, ``every``, ``last``, ``resets``, ``mask``: the steps that
     compute all (``Interval``). ``metric``, ``starvation``, ``high``, ``share``: how tokens are chosen (``Scoring``).
     """
 
     region: str = "blocks"
     ratio: float = 0.5
+    then: str = ""
     multiple: int = 1
     first: int = 4
     every: int = 0
@@ -67,6 +71,7 @@ class SelectTokens(Pass):
                 f"select_tokens{{resets={self.resets}}}: expected steps such as '12 22', or shares of the request such "
                 "as '40% 73%'"
             )
+        self._later()
         if set(self.mask) - {"0", "1"}:
             raise RecipeError(
                 f"select_tokens{{mask={self.mask}}}: expected a text of 1 (all tokens) and 0 (part of them), one a step"
@@ -83,10 +88,23 @@ class SelectTokens(Pass):
         """The steps that compute all tokens."""
         return Interval(self.every, self.first, self.last, self.mask, resets=self.resets)
 
-    def count(self, tokens: int) -> int:
-        """How many of ``tokens`` a partial step computes."""
+    def count(self, tokens: int, ratio: float) -> int:
+        """How many of ``tokens`` a partial step computes by this ``ratio``."""
         least = min(self.multiple, tokens)
-        return tokens if self.ratio == 1 else max(int(tokens * self.ratio) // self.multiple * self.multiple, least)
+        return tokens if ratio == 1 else max(int(tokens * ratio) // self.multiple * self.multiple, least)
+
+    def _later(self) -> list[tuple[float, float]]:
+        """Each further share of tokens, and the share of the request from which on it holds."""
+        found = re.findall(r"(\d*\.?\d+)@(\d+(?:\.\d+)?)%", self.then)
+        later = [(float(share), float(since) / 100) for share, since in found]
+        rising = [0.0, *(since for _, since in later), 1.0]
+        good = all(0 < share <= 1 for share, _ in later) and all(a < b for a, b in itertools.pairwise(rising))
+        if len(later) != len(self.then.split()) or not good:
+            raise RecipeError(
+                f"select_tokens{{then={self.then}}}: expected shares of the tokens with the share of the request from "
+                "which on they hold, rising, such as '0.35@40% 0.25@70%'"
+            )
+        return later
 
     def run(self, program: Program, context: Context) -> Outcome:
         before = [d.name for d in program.decisions if d.slots]
@@ -106,8 +124,11 @@ class SelectTokens(Pass):
         blocks = [b for s in selections for b in s.blocks]
         try:
             scoring = Scoring(self.metric, self.starvation, self.high, self.share)
-            work = Choosing(program, {b.id for b in blocks}, self.count, scoring)
-            return Outcome(work.program(self.schedule), len(work.blocks))
+            ratios = [self.ratio, *(share for share, _ in self._later())]
+            counts = [functools.partial(self.count, ratio=ratio) for ratio in ratios]
+            work = Choosing(program, {b.id for b in blocks}, counts, scoring)
+            later = [Interval(0, 0, since=since) for _, since in self._later()]
+            return Outcome(work.program(self.schedule, later), len(work.blocks))
         except Mixes as reason:
             return Outcome(program, 0, (str(reason),))
 

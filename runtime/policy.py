@@ -146,12 +146,19 @@ def settle(decisions: Sequence[Decision], wanted: Mapping[str, str], stale: Coll
     what half of a batch missed (``stale``) is computed for all of it before it is reused."""
     guides = {d.name for d in decisions if d.guidance}
     wanted = {n: COMPUTE if n in guides and c == BYPASS else c for n, c in wanted.items()}
+    wanted |= dict.fromkeys(idle(decisions, {n for n, c in wanted.items() if c == COMPUTE}), COMPUTE)
     skipped = {d.guidance for d in decisions if d.guidance and wanted[d.name] == REUSE}
     if "calls" in skipped:
         return {n: c if n in guides else BYPASS for n, c in wanted.items()}
     if "batch" in skipped:
         return dict(wanted)
     return {n: COMPUTE if n in stale and c == REUSE else c for n, c in wanted.items()}
+
+
+def idle(decisions: Sequence[Decision], computing: Collection[str]) -> set[str]:
+    """The decisions that choose among what another one, one of ``computing``, does not take: nothing is asked then."""
+    paths = {d.name: {f"{region}.{d.name}" for region in d.regions} for d in decisions if d.name in computing}
+    return {d.name for d in decisions if d.regions and any(paths[n].issuperset(d.regions) for n in paths)}
 
 
 def missed(decisions: Sequence[Decision], choices: Mapping[str, str], stale: frozenset[str]) -> frozenset[str]:
@@ -380,6 +387,7 @@ def wanted_sets(decisions: Sequence[Decision], steps: int) -> Counter[frozenset[
     found = Counter[frozenset[str]]()
     for step in range(steps):
         open_ = frozenset(name for name, rule in rules.items() if step and not rule(step))
+        open_ -= idle(decisions, rules.keys() - open_)
         asked = sorted(open_ & ruled)
         sizes = range(len(asked) + 1) if len(asked) <= 3 else sorted({0, 1, len(asked)})
         for granted in (c for n in sizes for c in itertools.combinations(asked, n)):

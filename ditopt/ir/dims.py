@@ -21,7 +21,7 @@ from torch import fx
 
 from ditopt.ir.binding import data_operands
 from ditopt.ir.cost import is_attention, is_convolution
-from ditopt.ops import int4_linear, int8_linear, packed_linear, select_blocks
+from ditopt.ops import gather_tokens, int4_linear, int8_linear, packed_linear, scatter_tokens, select_blocks
 
 aten = torch.ops.aten
 
@@ -192,6 +192,18 @@ def _unbind(node: fx.Node, args: Any, known: Known) -> tuple[Dims, ...]:
     return (_select(node, (args[0], _dim(node, args, 1)), known),) * len(node.meta["val"])
 
 
+def _chosen(node: fx.Node, args: Any, known: Known) -> tuple[Dims, ...]:
+    """gather_tokens and scatter_tokens: those of the tensors, with the samples of the positions."""
+    *lists, index, _, batches, _, _ = args
+    out: list[Dims] = []
+    for k, value in enumerate(node.meta["val"]):
+        dims = list(_merge([known[part[k]] for part in lists if known.get(part[k])], [int(n) for n in value.shape]))
+        if batches[k] >= 0 and known.get(index) and known[index][0].axes:
+            dims[batches[k]] = known[index][0]
+        out.append(tuple(dims) if any(d.axes for d in dims) else ())
+    return tuple(out)
+
+
 def _cat(node: fx.Node, args: Any, known: Known) -> Dims:
     at = _dim(node, args, 1)
     starts = itertools.accumulate((int(p.meta["val"].shape[at]) for p in args[0]), initial=0)
@@ -359,6 +371,8 @@ _PARTS: dict[Any, Callable[[fx.Node, Any, Known], tuple[Dims, ...]]] = {
     aten.split_with_sizes.default: _split,
     aten.chunk.default: _split,
     aten.unbind.int: _unbind,
+    gather_tokens: _chosen,
+    scatter_tokens: _chosen,
 }
 
 _RULES: dict[Any, Callable[[fx.Node, Any, Known], Dims]] = {

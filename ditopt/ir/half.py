@@ -20,7 +20,7 @@ from ditopt.ir.dims import Dim, Dims, Known, through
 from ditopt.ir.edit import Editor
 from ditopt.ir.outline import clone_body
 from ditopt.ir.program import Formal, Function, Program, TensorType, call_args, callee, formal, is_call
-from ditopt.ops import select
+from ditopt.ops import gather_tokens, scatter_tokens, select
 
 aten = torch.ops.aten
 
@@ -257,7 +257,7 @@ def _reduces(node: fx.Node) -> set[int]:
     """The dimensions of its first operand that a reduction, or an operator along a dimension, runs over."""
     args: Any = node.args
     ndim = args[0].meta["val"].ndim
-    place = 2 if node.target in _NORMS else 1
+    place = 2 if node.target in {*_NORMS, aten.topk.default} else 1
     given = args[place] if len(args) > place else node.kwargs.get("dim", _DEFAULTS.get(node.target))
     if given is None or given == []:
         return set(range(ndim))
@@ -388,16 +388,20 @@ _ALONG: set[Any] = _REDUCTIONS | {
     aten.select.int,
     aten.unbind.int,
     aten.glu.default,
+    aten.topk.default,
+    aten.sort.default,
 }
-"""Operators along the dimensions that their second (of norms the third) argument names."""
+"""Operators along the dimensions that their second (of norms and topk the third) argument names."""
 
-_DEFAULTS: dict[Any, int] = {aten.unbind.int: 0, aten.glu.default: -1}
+_DEFAULTS: dict[Any, int] = {aten.unbind.int: 0, aten.glu.default: -1, aten.topk.default: -1, aten.sort.default: -1}
 """The dimension where none is named; without an entry all of them."""
 
 _EACH: set[Any] = {
     *_SIZES,
     *_PLACING,
     select,
+    gather_tokens,
+    scatter_tokens,
     operator.getitem,
     aten.clone.default,
     aten._to_copy.default,

@@ -243,7 +243,8 @@ class Decision:
     with the inner products of the kept values, which "dmd" needs.
     ``guidance``: what is skipped is a branch of guidance, and is only skipped where there is one: with "calls" a call
     that another one of its step, with the same latent, came before; with "batch" one half of a batch whose halves are
-    the same latent. Without slots nothing has to be computed before it is predicted.
+    the same latent. Without slots nothing has to be computed before it is predicted. Regions ``<region>.<name>`` are
+    paths of the decision ``name``: which of them is taken is asked where that one predicts.
     ``reads``: of a "learned" predictor, row by row of its tables, how many values of consecutive steps it needs, 0
     where it was not trained: a step that has fewer computes.
     """

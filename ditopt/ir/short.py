@@ -98,7 +98,11 @@ class Short:
         return self._moved(scatter_tokens, [[kept], [chosen]], place, at)
 
     def _moved(self, target: Any, values: list[list[fx.Node]], place: Place, at: fx.Node) -> fx.Node:
-        where = [place.dim], [self._batch(place)], [place.start]
+        batch = self._batch(place)
+        fits = {self.set.rows} | ({1} if target is gather_tokens else set())
+        if batch >= 0 and any(int(n.meta["val"].shape[batch]) not in fits for part in values for n in part):
+            raise Mixes(f"samples are taken apart, and positions are chosen for {self.set.rows} at once")
+        where = [place.dim], [batch], [place.start]
         made = self.e.op(target, *values, self.index, *where, self.set.tokens, at=at)
         return self.e.op(operator.getitem, made, 0, at=at)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,10 @@ class _Side:
         return blocks(self.at.total, self.at.ends, block)
 
 
+def _span(ids: Sequence[str]) -> str:
+    return ids[0] if len(ids) == 1 else f"{ids[0]} to {ids[-1].rpartition('.')[2]}"
+
+
 class Sparsify:
     """Works on ``program``; ``auto``: the grid chooses the tile; ``grid``: of tokens whose grid the graph does not
     show; ``kind``: of the attention that is rewritten ("": any). ``refused`` and ``notes`` are for the Outcome."""
@@ -91,7 +95,7 @@ class Sparsify:
             wanted = [r for r in regions if ids is None or r.id in ids]
             if not wanted:
                 continue
-            span = wanted[0].id if len(wanted) == 1 else f"{wanted[0].id} to {wanted[-1].id.rpartition('.')[2]}"
+            span = _span([r.id for r in wanted])
             if body in remembered or len({r.streams for r in wanted}) > 1:
                 self.refused.append(f"attention of {span} stays dense: its blocks run on different tokens")
                 continue
@@ -101,8 +105,18 @@ class Sparsify:
                 changed[name], chosen[name] = (dataclasses.replace(function, name=name), refs), wanted
                 applied += count * len(wanted)
         if applied:
+            self._parts(ids)
             self._commit(changed, chosen)
         return applied
+
+    def _parts(self, ids: Collection[str] | None) -> None:
+        """Say what is not rewritten: blocks once more, on chosen tokens (passes/select_tokens.py)."""
+        found = [r.parent for r in self.program.regions if r.role == "part" and (ids is None or r.parent in ids)]
+        if found:
+            self.refused.append(
+                f"attention of {_span(found)} stays dense on steps that compute part of the tokens: lists are of "
+                "blocks of neighbours, and the tokens of such a step are chosen one by one"
+            )
 
     def _fresh(self, body: str, taken: Collection[str]) -> str:
         name = f"{body}_sparse"

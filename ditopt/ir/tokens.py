@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,11 +62,16 @@ class _Part:
 
 
 class Choosing:
-    """The rewrite of one decision. ``blocks``: ids of those that run on part of the tokens."""
+    """The rewrite. ``counts``: how many of so many tokens a partial step computes, for the first part of a request and
+    for each later one: each has a path of its own, and a decision that takes it (``names``); what is kept is kept for
+    all. ``blocks``: ids of those that run on part of the tokens."""
 
-    def __init__(self, program: Program, ids: set[str], count: Callable[[int], int], scoring: Scoring) -> None:
+    def __init__(
+        self, program: Program, ids: set[str], counts: Sequence[Callable[[int], int]], scoring: Scoring
+    ) -> None:
         self.before, self.scoring = program, scoring
-        self.name = f"tokens{len(program.decisions)}"
+        self.names = [f"tokens{len(program.decisions) + k}" for k in range(len(counts))]
+        self.name = self.names[0]
         self.binding = bind(program)
         self.span = Span(program, self.binding, ids)
         self.functions: dict[str, Function] = {}
@@ -81,15 +86,19 @@ class Choosing:
         value = start.meta["val"]
         place = Place(stream.axes[0], stream.start, int(value.shape[stream.axes[0]]), 0 if stream.axes[0] else -1)
         rows = int(value.shape[0]) if place.batch == 0 else 1
-        self.set = TokenSet(stream.tokens, count(stream.tokens), rows)
+        sets = [TokenSet(stream.tokens, count(stream.tokens), rows) for count in counts]
+        self.set = sets[0]
         node = self.e[start]
         self.chooser = Chooser(self, node)
-        self.short = Short(self.e, self.set, self.chooser.index, self._keep)
-        self.short.twins[node] = self.short.take(node, place, value.ndim), place
+        self.shorts = [Short(self.e, s, self.chooser.index(s.count), self._keep) for s in sets]
+        for short in self.shorts:
+            short.twins[node] = short.take(node, place, value.ndim), place
+        self.short = self.shorts[0]  # where tokens are is the same in all
         self._starts = {node}
 
-    def program(self, schedule: Interval) -> Program:
-        """The rewritten Program; ``Mixes`` where tokens meet outside of attention."""
+    def program(self, schedule: Interval, later: Sequence[Interval] = ()) -> Program:
+        """The rewritten Program; ``Mixes`` where tokens meet outside of attention. ``later``: the steps at which each
+        further count is not yet taken."""
         for node in [n for n in self.before.step.graph.nodes if n.op == "call_function"]:
             self._node(node)
         results = [self._whole(self._now(r)) for r in self.before.step.results]
@@ -97,19 +106,21 @@ class Choosing:
         self.chooser.finish(self._output(), self._met)
         self.reuse.finish(self.before.step.state_out)
         together(self.e)
-        decision = Decision(self.name, tuple(self.blocks), schedule, Predictor(), tuple(self.reuse.groups), "")
+        decisions = [Decision(self.name, tuple(self.blocks), schedule, Predictor(), tuple(self.reuse.groups), "")]
+        first = tuple(f"{block}.{self.name}" for block in self.blocks)  # these are asked where it is the first's turn
+        for name, steps in zip(self.names[1:], later, strict=True):
+            decisions.append(Decision(name, first, steps, Predictor("none"), (), ""))
         step = self.e.function()
         body = {str(n.meta["region"]): callee(n) for n in step.graph.nodes if is_call(n)}
         out = replace_functions(self.before, {**self.functions, self.before.entry: step})
         regions = []
         for r in out.regions:
             regions.append(dataclasses.replace(r, function=body[r.id]) if r.id in body else r)
-            part = f"{r.id}.{self.name}"
-            if part in body:
-                regions.append(Region(part, "part", r.id, r.stage, function=body[part]))
+            parts = [f"{r.id}.{name}" for name in self.names]
+            regions += [Region(part, "part", r.id, r.stage, function=body[part]) for part in parts if part in body]
         return prune(
             out.replace(
-                state=(*out.state, *self.reuse.types), decisions=(*out.decisions, decision), regions=tuple(regions)
+                state=(*out.state, *self.reuse.types), decisions=(*out.decisions, *decisions), regions=tuple(regions)
             )
         )
 
@@ -130,7 +141,8 @@ class Choosing:
             return
         else:
             try:
-                visit(self.short, self.e[node])
+                for short in self.shorts:
+                    visit(short, self.e[node])
                 return
             except Mixes as reason:
                 if inside:
@@ -149,15 +161,23 @@ class Choosing:
         return self._met[node]
 
     def _meet(self, node: fx.Node) -> fx.Node:
-        twin, place = self.short.twins[node]
-        at = after(node, twin)
+        twins, place = [s.twins[node][0] for s in self.shorts], self.short.twins[node][1]
+        at = after(node, *twins)
         value = dense(self.e, node, at)
         if place is None:
-            return self.e.op(select, value, dense(self.e, twin, at), self.name, at=at)
+            return self.e.op(select, value, self.path([dense(self.e, t, at) for t in twins], at), self.name, at=at)
         slot = self.reuse.slots(value.meta["val"])[0][0]
-        chosen = self.e.op(select, value, self.short.put(slot, twin, place, at), self.name, at=at)
+        puts = [s.put(slot, t, place, at) for s, t in zip(self.shorts, twins, strict=True)]
+        chosen = self.e.op(select, value, self.path(puts, at), self.name, at=at)
         self.reuse.update(slot, chosen, "always")
         return chosen
+
+    def path(self, values: Sequence[fx.Node], at: fx.Node) -> fx.Node:
+        """Of one value for each count that of the count which the step takes."""
+        out = values[-1]
+        for value, name in zip(reversed(values[:-1]), reversed(self.names[1:]), strict=True):
+            out = self.e.op(select, value, out, name, at=at)
+        return out
 
     def _keep(self, node: fx.Node, place: Place) -> fx.Node:
         raise Mixes("attention lies outside of blocks")
@@ -185,61 +205,65 @@ class Choosing:
         """The call of the full body, which gives back keys and values too, and behind it that of the part."""
         e, block = self.e, str(node.meta["region"])
         old = e[node]
-        part = self._body(node, block)
-        body = self.before.functions[callee(node)]
-        types = [*node.meta["val"], *part.values]
-        full = e.call(part.full, call_args(old), types, old.next, block)
+        parts = [self._body(node, block, k) for k in range(len(self.shorts))]
+        kept, values, places = parts[0].kept, parts[0].values, parts[0].places
+        full = e.call(parts[0].full, call_args(old), [*node.meta["val"], *values], old.next, block)
         for user in list(old.users):
             self._full[user] = full[user.args[1]]  # type: ignore[index]
             user.replace_all_uses_with(full[user.args[1]])  # type: ignore[index]
-        at = full[-1].next
-        slots = {k: self.reuse.slots(v)[0][0] for k, v in zip(part.kept, part.values, strict=True)}
+        slots = {k: self.reuse.slots(v)[0][0] for k, v in zip(kept, values, strict=True)}
+        made = [self._part(node, p, k, slots, full[-1].next) for k, p in enumerate(parts)]
+        n, at = len(node.meta["val"]), max(m[-1] for m in made).next
+        for i, where in enumerate(places):
+            for short, results in zip(self.shorts, made, strict=True):
+                short.twins[full[i]] = results[i], where
+        for i, ref in enumerate(kept, n):
+            new = self.path([results[i] for results in made], at)
+            chosen = e.op(select, full[i], new, self.name, at=at)
+            for d in self.before.decisions:  # where the block is left out, so are its keys and values
+                if block in d.regions or f"{block}.attn" in d.regions:
+                    chosen = e.op(select, chosen, slots[ref], d.name, at=at)
+            self.reuse.update(slots[ref], chosen, "always")
+        self.blocks.append(block)
+
+    def _part(self, node: fx.Node, part: _Part, k: int, slots: Mapping[str, fx.Node], at: fx.Node) -> list[fx.Node]:
+        """The call of ``part`` for count ``k``; its results."""
+        body, old, short = self.before.functions[callee(node)], self.e[node], self.shorts[k]
         given = {formal(p).ref: a for p, a in zip(body.placeholders, call_args(old), strict=True)}
         args = []
         for p in self.functions[part.name].placeholders:
             ref = formal(p).ref
             if ref in part.takes:
                 name, place, rank = part.takes[ref]
-                args.append(self.short.take(given[name], place, rank))
+                args.append(short.take(given[name], place, rank))
             elif ref in part.shorts:
-                args.append(self.short.twin(given[part.shorts[ref]]))
+                args.append(short.twin(given[part.shorts[ref]]))
             elif ref == _INDEX:
-                args.append(self.chooser.index)
+                args.append(short.index)
             else:
-                args.append(slots[ref] if ref in slots else self.short.twin(given[ref]))
+                args.append(slots[ref] if ref in slots else short.twin(given[ref]))
         values = [r.meta["val"] for r in self.functions[part.name].results]
-        region = f"{block}.{self.name}"
-        made = e.call(part.name, args, values, at, region)
-        n = len(body.results)
-        for whole, twin, where in zip(full[:n], made[:n], part.places, strict=True):
-            self.short.twins[whole] = twin, where
-        for kept, new, ref in zip(full[n:], made[n:], part.kept, strict=True):
-            chosen = e.op(select, kept, new, self.name, at=made[-1].next)
-            for d in self.before.decisions:  # where the block is left out, so are its keys and values
-                if block in d.regions or f"{block}.attn" in d.regions:
-                    chosen = e.op(select, chosen, slots[ref], d.name, at=chosen.next)
-            self.reuse.update(slots[ref], chosen, "always")
-        self.blocks.append(block)
+        return self.e.call(part.name, args, values, at, f"{node.meta['region']}.{self.names[k]}")
 
-    def _body(self, node: fx.Node, block: str) -> _Part:
+    def _body(self, node: fx.Node, block: str, k: int) -> _Part:
         actual = [self._now(a) for a in call_args(node)]
-        twins = [self.short.twins.get(a, (a, None)) for a in actual]
+        twins = [self.shorts[k].twins.get(a, (a, None)) for a in actual]
         kinds = [(i, p, repr(TensorType.of(t.meta["val"]))) for i, (t, p) in enumerate(twins) if p is not None]
-        key = callee(node), tuple(kinds)
+        key = callee(node), tuple(kinds), k
         if key not in self._parts:
             try:
-                self._parts[key] = self._made(callee(node), twins)
+                self._parts[key] = self._made(callee(node), twins, k)
             except Mixes as reason:
                 raise Mixes(f"{block}: {reason}") from None
         return self._parts[key]
 
-    def _made(self, name: str, twins: list[tuple[fx.Node, Place | None]]) -> _Part:
-        body = self.before.functions[name]
-        number = sum(p.name.startswith(f"{name}_{self.name}_part") for p in self._parts.values()) or ""
+    def _made(self, name: str, twins: list[tuple[fx.Node, Place | None]], k: int) -> _Part:
+        body, set_, short = self.before.functions[name], self.shorts[k].set, f"{name}_{self.names[k]}_part"
+        number = sum(p.name.startswith(short) for p in self._parts.values()) or ""
         takes: dict[str, tuple[str, Place, int]] = {}
         kept: dict[str, fx.Node] = {}
         shorts: dict[str, str] = {}
-        with clone_body(body, f"{name}_{self.name}_part{number}", "select_tokens") as e:
+        with clone_body(body, f"{short}{number}", "select_tokens") as e:
 
             def new(ref: str, value: Any) -> fx.Node:
                 return e.placeholder(ref, Formal("formal", ref), value)
@@ -257,11 +281,11 @@ class Choosing:
                 if ref in takes:
                     return None  # taken in two ways: once gathered outside, once here
                 takes[ref] = (formal(node).ref, place, rank)
-                return new(ref, _taken_type(e, node.meta["val"], place, rank, self.set))
+                return new(ref, _taken_type(e, node.meta["val"], place, rank, set_))
 
             with e.mode:
-                index = new(_INDEX, torch.empty((self.set.rows, self.set.count), dtype=torch.int64))
-            s = Short(e, self.set, index, keep, formal_)
+                index = new(_INDEX, torch.empty((set_.rows, set_.count), dtype=torch.int64))
+            s = Short(e, set_, index, keep, formal_)
             for p, (twin, place) in zip(body.placeholders, twins, strict=True):
                 if place is not None:
                     ref = f"{formal(p).ref}_part"
@@ -320,12 +344,13 @@ class Chooser:
 
     def __init__(self, work: Choosing, start: fx.Node) -> None:
         self.work, e, o = work, work.e, work.scoring
-        rows, tokens, count = work.set.rows, work.set.tokens, work.set.count
+        rows, tokens = work.set.rows, work.set.tokens
         with e.mode:
             empty = torch.empty((rows, tokens), dtype=torch.float32, device=start.meta["val"].device)
         self.scores = work.reuse.slot("score", empty)
         self.skips = work.reuse.slot("skips", empty)
         where: dict[str, Any] = {"at": next(n for n in e.graph.nodes if n.op != "placeholder")}
+        self.where = where
         worth = self.scores
         if o.starvation:
             grown = e.op(aten.exp.default, e.op(aten.mul.Tensor, self.skips, -o.starvation, **where), **where)
@@ -336,23 +361,27 @@ class Chooser:
             mean = e.op(aten.mean.dim, parts, [0], True, **where)
             both = e.op(aten.expand.default, mean, [rows // groups, groups, tokens], **where)
             worth = e.op(aten.reshape.default, both, [rows, tokens], **where)
-        skipped = tokens - count
-        low = skipped - int(skipped * o.high)
-        lowest = e.op(aten.topk.default, worth, count + low, -1, False, True, **where)
+        self.worth = worth
+
+    def index(self, count: int) -> fx.Node:
+        """The positions of ``count`` tokens in each row, in their order."""
+        e, where = self.work.e, self.where
+        skipped = self.work.set.tokens - count
+        low = skipped - int(skipped * self.work.scoring.high)
+        lowest = e.op(aten.topk.default, self.worth, count + low, -1, False, True, **where)
         ids = _item(e, lowest, 1, where["at"])
         if low:
             ids = e.op(aten.slice.Tensor, ids, 1, low, low + count, **where)
         order = e.op(aten.sort.default, ids, -1, **where)
-        self.index = _item(e, order, 0, where["at"])
+        return _item(e, order, 0, where["at"])
 
     def finish(self, output: fx.Node, met: Mapping[fx.Node, fx.Node]) -> None:
         """Score this step's prediction, and count whom it left out."""
         work, e = self.work, self.work.e
         work.reuse.update(self.scores, score(e, work.short, output, met, work.scoring, work.channels(output)), "always")
-        shape, device = [work.set.rows, work.set.tokens], self.skips.meta["val"].device
-        ones = e.op(aten.full.default, shape, 1.0, dtype=torch.float32, device=device)
-        left_out = e.op(aten.scatter.value, ones, 1, self.index, 0.0)
-        skips = e.op(aten.add.Tensor, self.skips, left_out)
+        end, place = e.graph.output_node(), Place(1, 0, work.set.tokens, 0)
+        grown = e.op(aten.add.Tensor, self.skips, 1.0)
+        skips = work.path([s.put(grown, s.gather(self.skips, place, 2, end), place, end) for s in work.shorts], end)
         work.reuse.update(self.skips, e.op(select, self.skips, skips, work.name), "always")
 
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import ditopt
+from ditopt.ir import example
+from ditopt.ops import attention, block_sparse_attention
 from ditopt.pipeline import Context, PassManager
 from ditopt.recipe import Recipe
 from tests.denoisers import REGISTRY
@@ -61,6 +63,10 @@ def test_real_classes(name):
     [
         ("sana", r"blocks\.0: aten\.(pad|conv2d|view|unflatten).*"),  # a convolution in the MLP
         ("latte", r"lays tokens out as \[128, 2, 32\]"),  # attention over space and over time, in turns
+        ("lumina2", "samples and tokens lie in one dimension"),  # sequences of prompt and image, joined and padded
+        pytest.param(  # attention of each sample with as much text as it has
+            "mochi", "samples are taken apart", marks=pytest.mark.filterwarnings("ignore:In CPU autocast")
+        ),
     ],
 )
 def test_tokens_that_meet_outside_of_attention(name, said):
@@ -102,3 +108,40 @@ def test_a_cache_before_is_a_sentence():
 
     out = SelectTokens().run(program, Context())
     assert out.refused == ("cache0 keeps values of all tokens already: select tokens once, then cache",)
+
+
+def test_a_half_of_a_doubled_batch_chooses_its_own_tokens():
+    """Guidance in a batch, left out on some steps: the branch that stays is what it is without that."""
+    model, call = REGISTRY["dit"].build()
+    labels = torch.cat([call["class_labels"], 1 + call["class_labels"]])
+    call = {k: torch.cat([v, v]) for k, v in call.items() if isinstance(v, torch.Tensor)} | {"class_labels": labels}
+    tokens = "select_tokens{ratio=0.5,first=1,every=0}"
+    guidance = "cache_guidance{form=batch,unconditional=first,every=2,first=1}"
+    fast = [
+        ditopt.optimize(model, text, target="eager", example_inputs=call) for text in (tokens, f"{guidance}, {tokens}")
+    ]
+    alone, both = (request("dit", m, call, session=True) for m in fast)
+    half = len(alone[0]) // 2
+    for a, b in zip(alone, both, strict=True):
+        torch.testing.assert_close(a[half:], b[half:])
+    assert (alone[1] - both[1])[:half].abs().max() > 0.1
+    assert fast[1].stats.hits == {"tokens0": 3, "guidance1": 2}
+    assert fast[1].stats.block_flops < 0.85 * fast[0].stats.block_flops
+
+
+def test_sparse_attention_says_what_stays_dense():
+    """Full steps attend by blocks; steps of chosen tokens do not, and say so."""
+    recipe = Recipe.parse("select_tokens{first=2}, sparse_attention{block=16,density=0.5}")
+    *_, tokens, _, last = PassManager(recipe).run(example.grid_dit())
+    assert (tokens.name, last.name) == ("select_tokens", "sparse_attention")
+    blocks = len(list(tokens.program.calls())) // 2
+    assert (tokens.applied, last.applied) == (blocks, blocks)
+    assert [s for s in last.refused if "stays dense on steps that compute part of the tokens" in s] == list(
+        last.refused
+    )
+    assert len(last.refused) == 1
+    bodies = [(r.role, last.program.functions[r.function]) for r in last.program.regions if r.function]
+    kinds = {role: {n.target for n in body.graph.nodes} for role, body in bodies}
+    assert block_sparse_attention in kinds["block"]
+    assert attention in kinds["part"]
+    assert block_sparse_attention not in kinds["part"]

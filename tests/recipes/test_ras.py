@@ -6,7 +6,6 @@ dictionary, and chooses tokens with NumPy from the predictions that it recorded.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
@@ -34,8 +33,8 @@ class Transcription:
     told: torch.Tensor
     patches: torch.Tensor
 
-    def __init__(self, model, starvation=0.1, high=1.0, ratio=0.5):
-        self.model, self.starvation, self.high = model, starvation, high
+    def __init__(self, model, starvation=0.1, high=1.0, ratio=0.5, later=None):
+        self.model, self.starvation, self.high, self.later = model, starvation, high, later or {}
         self.count = int(GRID * GRID * ratio)
         self.kept, self.drops, self.chosen = {}, np.zeros((BATCH, GRID * GRID)), []
 
@@ -75,6 +74,7 @@ class Transcription:
         angles = timestep[:, None].float() * torch.exp(-torch.arange(16.0))
         c = m.time(torch.cat([angles.sin(), angles.cos()], -1)) + m.pooled(pooled_projections)
         x = m.patch(hidden_states).flatten(2).transpose(1, 2)
+        self.count = int(GRID * GRID * self.later[step]) if step in self.later else self.count
         ids = None if step in FULL else self.choose()
         if ids is not None:
             x = torch.stack([x[row][ids[row]] for row in range(BATCH)])
@@ -91,7 +91,6 @@ class Transcription:
         return (self.told,)
 
 
-@functools.cache
 def transcribed(**options):
     return sample(Transcription(small(), **options), 0, STEPS)
 
@@ -111,6 +110,8 @@ CASES = {
     "ras{high_ratio=0}": {"high": 0.0},
     "ras{high_ratio=0.5,starvation=0}": {"high": 0.5, "starvation": 0.0},
     "ras{ratio=0.25}": {"ratio": 0.25},
+    "ras{later=0.25@60%}": {"later": {6: 0.25}},
+    "ras{later='0.25@45% 0.75@80%'}": {"later": {5: 0.25, 8: 0.75}},
 }
 
 
@@ -130,9 +131,9 @@ def test_a_second_request_is_like_the_first():
     assert torch.equal(run(fast, 3), first)
 
 
-@pytest.mark.parametrize("target", ["inductor", "onnxruntime"])
-def test_other_targets(target):
-    assert error(run(optimized("ras", target)), transcribed()) < 1e-4
+@pytest.mark.parametrize(("target", "text"), [("inductor", "ras"), ("onnxruntime", "ras{later=0.25@60%}")])
+def test_other_targets(target, text):
+    assert error(run(optimized(text, target)), transcribed(**CASES[text])) < 1e-4
 
 
 def test_all_tokens_are_exact_on_the_partial_path():
@@ -227,6 +228,9 @@ def test_under_a_forecast():
         ("ras{ratio=0}", r"expected at least 0\.01, got 0"),
         ("ras{ratio=1.5}", "expected at most 1, got 1.5"),
         ("ras{start=0}", "expected at least 1"),
+        ("ras{later=0.25}", "such as '0.35@40% 0.25@70%'"),
+        ("ras{later='0.25@70% 0.5@40%'}", "rising"),
+        ("ras{later=0@50%}", "expected shares of the tokens"),
         ("ras{resets=a}", "expected steps such as '12 22', or shares of the request"),
         ("select_tokens{mask=01}", "the first step has nothing to keep"),
         ("select_tokens{region=model}", "name a run of blocks"),

@@ -10,7 +10,7 @@ import pytest
 from ditopt.artifact import StepGraph
 from ditopt.errors import DitoptWarning, SessionError
 from ditopt.ir.program import Decision, Interval, Predictor
-from ditopt.runtime.policy import Anchor, choose, coefficients, filled, fit, in_window, schedule, table
+from ditopt.runtime.policy import Anchor, choose, coefficients, filled, fit, in_window, schedule, table, wanted_sets
 from ditopt.runtime.predict import weights
 
 
@@ -272,3 +272,13 @@ def test_what_a_window_holds():
     assert after("compute", half_after=["cache0"]) == 0, "half of the batch has no value"
     assert after("compute", half_before=["cache0"]) == 1, "and none before"
     assert in_window([], {}, {}, (), ()) == {}
+
+
+def test_a_choice_among_paths_that_are_not_taken_is_none():
+    """Later steps take another path of the partial step; a step that computes everything takes neither."""
+    full = Decision("tokens0", ("blocks.0",), Interval(0, 1, resets="5"), Predictor(), (("tokens0.0.0",),), "")
+    path = Decision("tokens1", ("blocks.0.tokens0",), Interval(0, 0, since=0.5), Predictor("none"), (), "")
+    rows = [tuple(r.choices.values()) for r in table((full, path), 8)]
+    first, second, all_ = ("reuse", "compute"), ("reuse", "reuse"), ("compute", "compute")
+    assert rows == [all_, first, first, first, second, all_, second, second]
+    assert set(wanted_sets((full, path), 8)) == {frozenset(), frozenset({"tokens0"}), frozenset({"tokens0", "tokens1"})}
