@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=4, help="blocks (DiT-B has 12)")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25], help="shares of the tokens")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5], help="shares of the tokens")
     parser.add_argument("--targets", nargs="+", default=["eager", "inductor", "onnxruntime"])
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
