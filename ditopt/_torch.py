@@ -44,6 +44,7 @@ __all__ = [
     "is_unbacked",
     "may_alias",
     "pytree",
+    "tensor_of_kind",
     "weightless",
     "whole_lists",
 ]
@@ -51,6 +52,10 @@ __all__ = [
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 flex_attention = torch.ops.higher_order.flex_attention
 int_mm = torch.ops.aten._int_mm.default
+
+
+tensor_of_kind = torch.Tensor._make_wrapper_subclass
+"""A tensor of a subclass that has a type and no values."""
 
 
 def is_fake(value: object) -> bool:
