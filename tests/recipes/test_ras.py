@@ -7,6 +7,7 @@ dictionary, and chooses tokens with NumPy from the predictions that it recorded.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,7 +105,7 @@ def run(fast, seed=0, steps=STEPS):
         return sample(fast, seed, steps)
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "ras": {},
     "ras{starvation=-0.3}": {"starvation": -0.3},
     "ras{high_ratio=0}": {"high": 0.0},
