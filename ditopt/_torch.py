@@ -44,6 +44,7 @@ __all__ = [
     "is_unbacked",
     "may_alias",
     "pytree",
+    "valueless",
     "weightless",
     "whole_lists",
 ]
@@ -61,6 +62,17 @@ def is_fake(value: object) -> bool:
 def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode:
     """The one FakeTensorMode that ``values`` belong to, or a fresh one."""
     return detect_fake_mode(list(values)) or FakeTensorMode()
+
+
+def valueless(
+    kind: type[torch.Tensor],
+    shape: Sequence[int],
+    strides: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    """A tensor of the subclass ``kind`` that has a type and no memory."""
+    return torch.Tensor._make_wrapper_subclass(kind, shape, strides=strides, dtype=dtype, device=device)
 
 
 def is_unbacked(value: object) -> bool:

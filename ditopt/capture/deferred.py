@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditopt._torch import DisableTorchFunctionSubclass, pytree
+from ditopt._torch import DisableTorchFunctionSubclass, pytree, valueless
 from ditopt.capture import where
 from ditopt.capture.flat import arguments_of_call, shared_copy
 from ditopt.capture.segment import Given, Kind, Made, Segment, Step, Weight
@@ -42,9 +42,7 @@ class Deferred(Tensor):
 
     @staticmethod
     def of(kind: Kind, owner: _Follower | None = None) -> Deferred:
-        made: Deferred = Tensor._make_wrapper_subclass(
-            Deferred, kind.shape, strides=kind.stride, dtype=kind.dtype, device=kind.device
-        )
+        made: Deferred = valueless(Deferred, kind.shape, kind.stride, kind.dtype, kind.device)
         made.owner, made.value = owner, None
         return made
 
