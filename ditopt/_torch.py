@@ -44,7 +44,7 @@ __all__ = [
     "is_unbacked",
     "may_alias",
     "pytree",
-    "tensor_of_kind",
+    "valueless",
     "weightless",
     "whole_lists",
 ]
@@ -52,10 +52,6 @@ __all__ = [
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 flex_attention = torch.ops.higher_order.flex_attention
 int_mm = torch.ops.aten._int_mm.default
-
-
-tensor_of_kind = torch.Tensor._make_wrapper_subclass
-"""A tensor of a subclass that has a type and no values."""
 
 
 def is_fake(value: object) -> bool:
@@ -66,6 +62,17 @@ def is_fake(value: object) -> bool:
 def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode:
     """The one FakeTensorMode that ``values`` belong to, or a fresh one."""
     return detect_fake_mode(list(values)) or FakeTensorMode()
+
+
+def valueless(
+    kind: type[torch.Tensor],
+    shape: Sequence[int],
+    strides: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    """A tensor of the subclass ``kind`` that has a type and no memory."""
+    return torch.Tensor._make_wrapper_subclass(kind, shape, strides=strides, dtype=dtype, device=device)
 
 
 def is_unbacked(value: object) -> bool:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ditopt.codegen.triton.epilogue import NUMBERS, activated, extras
+from ditopt.codegen.triton._epilogue import NUMBERS, activated, extras
 from ditopt.ops.int4_linear import check
 
 ROWS = {128: 8, 64: 4}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditopt._torch import DisableTorchFunctionSubclass, pytree, tensor_of_kind
+from ditopt._torch import DisableTorchFunctionSubclass, pytree, valueless
 from ditopt.capture import where
 from ditopt.capture.flat import arguments_of_call, shared_copy
 from ditopt.capture.segment import Given, Kind, Made, Segment, Step, Weight
@@ -42,7 +42,7 @@ class Deferred(Tensor):
 
     @staticmethod
     def of(kind: Kind, owner: _Follower | None = None) -> Deferred:
-        made: Deferred = tensor_of_kind(Deferred, kind.shape, strides=kind.stride, dtype=kind.dtype, device=kind.device)
+        made: Deferred = valueless(Deferred, kind.shape, kind.stride, kind.dtype, kind.device)
         made.owner, made.value = owner, None
         return made
 
