@@ -198,8 +198,8 @@ def test_values_of_the_prompt_are_replayed_under_a_guard(cls):
             want = model(**inputs(seed))
         assert same(run(model, c, **inputs(seed)), want)
     other = inputs(lengths=(5, 5))
-    line = guard.broken(guard.arguments(other))
-    assert line.startswith(f" at {__file__}:")
+    said = guard.broken(guard.arguments(other))
+    assert said.startswith(f"its Python reads a value at {__file__}:")
     with torch.no_grad():  # the guard is needed: the graph holds the value
         try:
             got = run(model, c, **other)
