@@ -40,9 +40,7 @@ def linear(opset: int) -> Callable[..., Any]:
         columns = op.Reshape(weight_scale, constant([-1], kinds.INT64))
         y = op.Mul(multiply(values, op.Transpose(weight, perm=[1, 0]), one, columns, zero), scale)
         y = op.Add(y, bias) if bias is not None else y
-        y = _activation(op, activation, y)
-        y = op.Mul(gate, y) if gate is not None else y
-        return op.Add(residual, y) if residual is not None else y
+        return _finished(op, y, activation, gate, residual)
 
     return written
 
@@ -90,9 +88,7 @@ def four(opset: int) -> Callable[..., Any]:
         )
         y = product(x, weight, weight_scale, bias)
         y = op.Add(y, op.MatMul(thin, op.Transpose(up, perm=[1, 0]))) if thin is not None else y
-        y = _activation(op, activation, y)
-        y = op.Mul(gate, y) if gate is not None else y
-        return op.Add(residual, y) if residual is not None else y
+        return _finished(op, y, activation, gate, residual)
 
     return written
 
@@ -199,6 +195,13 @@ def _contrib(name: str, inputs: Sequence[str], attributes: Sequence[str] = ()) -
         attributes=[schema.Attribute(a, schema.AttrType.INT) for a in attributes],
     )
     return script.values.Op(script.values.Opset(DOMAIN, 1), name, told)
+
+
+def _finished(op: Any, y: Any, activation: str, gate: Any, residual: Any) -> Any:
+    """What follows a product in its epilogue."""
+    y = _activation(op, activation, y)
+    y = op.Mul(gate, y) if gate is not None else y
+    return op.Add(residual, y) if residual is not None else y
 
 
 def _activation(op: Any, name: str, y: Any) -> Any:

@@ -6,9 +6,8 @@ table that keeps attention, norms, linears and activations whole, and checks the
 derived input. ``opened`` takes arguments apart that are objects, and knows what a model writes into them. ``replay``
 and ``guard`` serve models whose Python looks at values of the prompt; where it looks at the latent or the timestep,
 modules stay Python inside the graph (``outside``) or forward does around a graph of its blocks (``blockwise``, with
-``observe``, ``segment`` and ``deferred``). Passes that look at
-positions are ``watched``. ``captures`` keeps what one model's
-signatures have in common: from the third shape on they come from one graph (``dynamic``).
+``observe``, ``segment`` and ``deferred``). Passes that look at positions are ``watched``. ``captures`` keeps what one
+model's signatures have in common: from the third shape on they come from one graph (``dynamic``).
 
 ``aten`` inventory: ``run_decompositions({})`` (torch 2.11-2.13) functionalises and keeps composite operators, and puts
 the operators of autocast regions in their place with the casts that they imply; the default table would turn each
