@@ -104,8 +104,8 @@ def test_memory_falls_by_what_left_the_loop():
 def falls() -> list[int]:
     """Bytes of weights that left memory, and by how much memory fell after each of two requests."""
     torch.manual_seed(0)
-    model: Any = Small(width=512, depth=6)
-    model.time = nn.Linear(32, 512)
+    model: Any = Small(width=768, depth=6)
+    model.time = nn.Linear(32, 768)
     model.eval().requires_grad_(False)
     request(model, 1)
     ditopt.optimize(small(), "lossless", example_inputs=example(), target="eager")  # imports what capture needs
