@@ -23,6 +23,9 @@ RIDGE = 1e-4
 
 _TINY = 1e-300
 
+_LEAST = 1e-12
+"""A step that goes nowhere keeps the polynomial's coefficients."""
+
 
 def fitted(estimate: Estimate, mask: str, local: float) -> Rows:
     """For each step of ``mask`` the coefficients of the newest computed values, newest first; () where it computes.
@@ -40,6 +43,7 @@ def fitted(estimate: Estimate, mask: str, local: float) -> Rows:
         spread[a, k] = worth[s]
     missing = np.zeros(steps)
     missing[list(rows)] = -worth[list(rows)]
+    weight = np.maximum(worth**2, _LEAST * np.max(worth**2))
     found = known
     for _ in range(ROUNDS):
         c = spread @ found + missing
@@ -49,7 +53,7 @@ def fitted(estimate: Estimate, mask: str, local: float) -> Rows:
         left = spread.T @ inner @ spread
         right = -spread.T @ inner @ missing
         _add_single(left, right, rows, inner, worth, local)
-        ridge = RIDGE * np.array([worth[s] ** 2 * inner[a, a] for s, a in places])
+        ridge = RIDGE * np.array([weight[s] * inner[a, a] for s, a in places])
         found = np.linalg.solve(left + np.diag(ridge), right + ridge * known)
     told = iter(found.tolist())
     return tuple(tuple(next(told) for _ in rows[s][0]) if s in rows else () for s in range(steps))

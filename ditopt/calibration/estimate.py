@@ -12,7 +12,7 @@ a ten-thousandth of their time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -55,6 +55,10 @@ class Estimate:
         times = profile.times if predictor.time == "timestep" else np.arange(profile.steps, dtype=np.float64)
         return Estimate(products, made.worth, times, predictor)
 
+    def by(self, predictor: Predictor) -> Estimate:
+        """The same for another predictor that reads the same times."""
+        return replace(self, predictor=predictor, known={}, _terms={})
+
     @property
     def steps(self) -> int:
         """T."""
@@ -71,15 +75,14 @@ class Estimate:
         """The coefficients c of the error at the end, in outputs of the plain run: (T,)."""
         total = np.zeros(self.steps)
         for s, anchors in self._reused(mask):
-            total += self._term(s, anchors)
+            total += self.worth[s] * self._term(s, anchors)
         return total
 
     def rows(self, mask: str) -> dict[int, tuple[list[int], Floats]]:
         """For each step that ``mask`` reuses: the computed steps that are read, newest first, and coefficients."""
         found = {}
         for s, anchors in self._reused(mask):
-            term = self._term(s, anchors) / self.worth[s]
-            found[s] = (list(anchors), term[list(anchors)])
+            found[s] = (list(anchors), self._term(s, anchors)[list(anchors)])
         return found
 
     def _reused(self, mask: str) -> Iterator[tuple[int, tuple[int, ...]]]:
@@ -103,7 +106,7 @@ class Estimate:
             )
             term[list(anchors)] = told[: len(anchors)]
             term[s] -= 1.0
-            self._terms[key] = self.worth[s] * term
+            self._terms[key] = term
         return self._terms[key]
 
     # -- the best masks ------------------------------------------------------------------------------------------------

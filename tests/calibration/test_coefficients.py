@@ -73,6 +73,21 @@ def test_nothing_reused_has_no_coefficients():
     assert text("1010", ((), (1.0,), (), (2.0, -1.0))) == "1; 2 -1"
 
 
+def test_a_step_that_goes_nowhere_keeps_the_polynomial():
+    known = estimate()
+    known.worth[8] = 0.0
+    rows = fitted(known, MASK, 0.3)
+    assert rows[8] == pytest.approx(polynomial()[8])
+    assert rows[5] != pytest.approx(polynomial()[5], abs=1e-3)
+
+
+def test_an_estimate_by_another_predictor_is_that_of_the_recording():
+    line, parabola = (Predictor("lagrange", order, "timestep") for order in (1, 2))
+    made = Estimate.of(profile(), line)
+    assert made(MASK) == made.by(line)(MASK)
+    assert made.by(parabola)(MASK) == Estimate.of(profile(), parabola)(MASK) != made(MASK)
+
+
 # -- guidance ----------------------------------------------------------------------------------------------------------
 
 SCALE = 3.5

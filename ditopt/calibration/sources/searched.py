@@ -36,7 +36,8 @@ def search(trials: Callable[[str], Trials], profile: Profile, parameters: Mappin
         raise RecipeError(f"share={parameters['share']} of {steps} steps is all of them: nothing would be reused")
     orders = [int(parameters["order"])] if int(parameters["order"]) else [1, 2, 3]
     if region == "model":
-        estimates = [Estimate.of(profile, Predictor("lagrange", order, "timestep")) for order in orders]
+        known = Estimate.of(profile, Predictor("lagrange", orders[0], "timestep"))
+        estimates = [known.by(Predictor("lagrange", order, "timestep")) for order in orders]
         return _forecast(trials, best_orders(estimates, count), count, most, seconds)
     found: list[tuple[float, str]] = []
     for order in orders[:2]:
