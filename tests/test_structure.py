@@ -1,34 +1,47 @@
-"""What is found in a graph: blocks, stages, classes and modules; what values depend on; what operators cost."""
+"""What is found in a graph: blocks, stages and classes."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from ditopt import dynamo
 from ditopt.capture import bind as bind_call
 from ditopt.capture import capture
 from ditopt.ir import cost
-from ditopt.ir.binding import Binding, bind
+from ditopt.ir.binding import bind
 from ditopt.ir.edit import Editor, replace_functions
-from ditopt.ir.example import Builder, tiny_dit
+from ditopt.ir.example import Builder
 from ditopt.ir.interpret import random_inputs, run_program
 from ditopt.ir.outline import outline
 from ditopt.ir.program import Formal, Program, Region, formal
-from ditopt.ir.structure import Module, find_modules, rejoined
+from ditopt.ir.structure import find_modules
 from ditopt.ir.verify import verify
 from ditopt.pipeline import Context, PassManager
 from ditopt.recipe import Recipe
 from tests.denoisers import REGISTRY
-from tests.tiny_models import ZOO, Joint, Plain, captured, flat, noise, optimized
+from tests.structures import (
+    Alternating,
+    Attending,
+    AttendLast,
+    Convolving,
+    FeedFirst,
+    GlobalSkip,
+    Listed,
+    LongSkip,
+    Parallel,
+    Reattending,
+    Refined,
+    Stemmed,
+    Tables,
+    parts,
+)
+from tests.tiny_models import ZOO, Plain, captured, flat, noise, optimized
 
 aten = torch.ops.aten
 
@@ -120,188 +133,6 @@ def test_no_name_is_read(name):
     assert [dataclasses.replace(r, alias="") for r in want.regions] == list(found.regions)
     for f in want.functions:
         assert f == "step" or len(found.functions[f].graph.nodes) == len(want.functions[f].graph.nodes)
-
-
-class LongSkip(Plain):
-    """Half a U: the second half of the blocks reads the results of the first half again, by a layer of its own."""
-
-    def __init__(self, depth: int = 4) -> None:
-        super().__init__(depth=depth)
-        self.skips = nn.ModuleList(nn.Linear(2 * self.width, self.width) for _ in range(depth // 2))
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        c = t[:, None].expand(-1, self.width) * 1e-3 + self.label(y)
-        x = self.patch(x).flatten(2).transpose(1, 2)
-        kept: list[torch.Tensor] = []
-        for i, block in enumerate(self.blocks):
-            if i >= len(self.blocks) // 2:
-                x = self.skips[i - len(self.blocks) // 2](torch.cat([x, kept.pop(0)], -1))
-            x = block(x, c)
-            kept.append(x)
-        return self.head(x)
-
-
-class Alternating(Plain):
-    """Blocks that attend in space and in time by turns."""
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        c = t[:, None].expand(-1, self.width) * 1e-3 + self.label(y)
-        x = self.patch(x).flatten(2).transpose(1, 2)
-        for i, block in enumerate(self.blocks):
-            x = block(x.transpose(0, 1), c[:1]).transpose(0, 1) if i % 2 else block(x, c)
-        return self.head(x)
-
-
-class Refined(nn.Module):
-    """A joint model whose text passes blocks of its own before it meets the latent."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.refiner = nn.ModuleList(nn.TransformerEncoderLayer(24, 2, 32, batch_first=True) for _ in range(2))
-        self.joint = Joint(depth=2)
-
-    def forward(self, latents: torch.Tensor, sigma: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        for layer in self.refiner:
-            prompt_embeds = layer(prompt_embeds)
-        return self.joint(latents, sigma, prompt_embeds)["sample"]
-
-
-class GlobalSkip(Plain):
-    """A model that predicts a difference to its input: an addition around all blocks is no module."""
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return x + super().forward(x, t, y)
-
-
-class Tables(Plain):
-    """Each block adds its own slice of one table to the modulation, and feeds forward what it thinks most of."""
-
-    def __init__(self) -> None:
-        super().__init__(depth=3)
-        self.tables = nn.Parameter(torch.randn(1, 3, self.width))
-        self.router = nn.Linear(self.width, 4)
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        c = t[:, None, None] * 1e-3 + self.label(y)[:, None] + self.tables
-        x = self.patch(x).flatten(2).transpose(1, 2)
-        for i, block in enumerate(self.blocks):
-            x = block(x, c[:, i])
-            values, chosen = self.router(x).topk(2, -1)  # two results, of which each block reads its own
-            x = x + values.sum(-1, keepdim=True) * F.one_hot(chosen[..., 0], self.width)
-        return self.head(x)
-
-
-class Parallel(nn.Module):
-    """Attention and MLP side by side, added one after the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.ModuleList(nn.Linear(16, n) for n in (48, 16, 32)) for _ in range(3))
-        self.downs = nn.ModuleList(nn.Linear(32, 16) for _ in range(3))
-
-    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        x = x + timestep[:, None, None]
-        for block, down in zip(self.blocks, self.downs, strict=True):
-            qkv, out, up = block.children()
-            h = F.layer_norm(x, (16,))
-            q, k, v = qkv(h).chunk(3, -1)
-            x = x + out(F.scaled_dot_product_attention(q, k, v)) + down(F.gelu(up(h)))
-        return x
-
-
-class FeedFirst(nn.Module):
-    """Blocks that feed forward and then attend twice; ``bare``: the first of them has no feed-forward."""
-
-    bare = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(3))
-        self.qkvs = nn.ModuleList(nn.Linear(16, 48) for _ in range(6))
-
-    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        x = self.stem(x + timestep[:, None, None])
-        for i, mlp in enumerate(self.mlps):
-            x = x if self.bare and not i else x + mlp(F.layer_norm(x, (16,)))
-            for qkv in (self.qkvs[2 * i], self.qkvs[2 * i + 1]):
-                q, k, v = qkv(F.layer_norm(x, (16,))).chunk(3, -1)
-                x = x + F.scaled_dot_product_attention(q, k, v)
-        return x
-
-    def stem(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-
-class AttendLast(FeedFirst):
-    """The last block lacks what it would feed forward by."""
-
-    bare = True
-
-
-class Stemmed(AttendLast):
-    """The same behind a residual stem, which feeds forward too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wide = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
-
-    def stem(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.wide(x)
-
-
-class Attending(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(16, 48)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + F.scaled_dot_product_attention(*self.qkv(F.layer_norm(x, (16,))).chunk(3, -1))
-
-
-class Convolving(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv1d(16, 16, 3, padding=1) for _ in range(2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = F.silu(self.convs[0](F.layer_norm(x, (16,)).transpose(1, 2)))
-        return x + self.convs[1](h).transpose(1, 2)
-
-
-class Listed(nn.Module):
-    """A list of modules, one after the other."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        x = x + timestep[:, None, None]
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-def parts(*kinds: type[nn.Module]) -> list[nn.Module]:
-    return [kind() for kind in kinds]
-
-
-class Reattending(nn.Module):
-    """Blocks that attend again to what they attended to, before all of it is added to the stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.ModuleList(nn.Linear(16, n) for n in (48, 48, 16, 32)) for _ in range(3))
-        self.downs = nn.ModuleList(nn.Linear(32, 16) for _ in range(3))
-
-    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        x = x + timestep[:, None, None]
-        for block, down in zip(self.blocks, self.downs, strict=True):
-            qkv, again, out, up = block.children()
-            a = F.scaled_dot_product_attention(*qkv(F.layer_norm(x, (16,))).chunk(3, -1))
-            x = x + out(a + F.scaled_dot_product_attention(*again(a).chunk(3, -1)))
-            x = x + down(F.gelu(up(F.layer_norm(x, (16,)))))
-        return x
 
 
 LATENTS = {"latents": torch.randn(2, 9, 8), "sigma": torch.rand(2) * 5, "prompt_embeds": torch.randn(2, 6, 24)}
@@ -534,276 +365,3 @@ def test_the_result_of_a_shared_body_is_laid_out_as_its_readers_were_traced_for(
     inputs = random_inputs(program)
     for a, c in zip(run_program(program, inputs)[0], run_program(after, inputs)[0], strict=True):
         assert torch.equal(a, c)
-
-
-# -- modules of a block, in all their spellings ------------------------------------------------------------------------
-
-
-def spell(write, gates: int = 1, dtype: torch.dtype = torch.float32) -> tuple[list[Module], Program]:
-    """The modules of a body that ``write(b, x, c, w, g)`` makes of a stream, a context, weights and a gate."""
-    b = Builder()
-    x = b.input("x", "latent", 2, 6, 8, dtype=dtype)
-    c = b.input("context", "prompt", 2, 3, 8, dtype=dtype)
-    t = b.input("t", "timestep", 2, 8, dtype=dtype)
-    weights = [b(aten.to.dtype, b.param(f"w{i}", 8, 8), dtype) for i in range(4)]
-    gate = b(aten.unsqueeze.default, b(aten.linear.default, t, weights[3]), 1)
-    program = b.program(write(b, x, c, weights, gate))
-    return find_modules(program.step, bind(program)), program
-
-
-def attend(b, x, c, w):
-    y = b(aten.linear.default, b(aten.layer_norm.default, x, [8]), w[0])
-    return b(aten.linear.default, b(aten.scaled_dot_product_attention.default, y, c, c), w[1])
-
-
-def mlp(b, x, w):
-    return b(aten.linear.default, b(aten.gelu.default, b(aten.linear.default, x, w[2])), w[1])
-
-
-def add(b, x, y):
-    return b(aten.add.Tensor, x, y)
-
-
-def mul(b, x, y):
-    return b(aten.mul.Tensor, x, y)
-
-
-def cast(b, x, dtype):
-    return b(aten._to_copy.default, x, dtype=dtype)
-
-
-@pytest.mark.parametrize(
-    "join",
-    [
-        lambda b, x, y, g: add(b, x, y),
-        lambda b, x, y, g: add(b, y, x),
-        lambda b, x, y, g: add(b, x, mul(b, g, y)),
-        lambda b, x, y, g: add(b, x, mul(b, y, g)),
-        lambda b, x, y, g: add(b, mul(b, g, y), x),
-        lambda b, x, y, g: add(b, mul(b, y, g), x),
-        lambda b, x, y, g: add(b, x, b(aten.clone.default, mul(b, g, y))),
-    ],
-)
-def test_attention_and_mlp_are_found_before_their_gate(join):
-    def write(b, x, c, w, g):
-        kept.clear()
-        for part in (lambda v: attend(b, v, c, w), lambda v: mlp(b, v, w)):
-            kept.append(part(x))
-            x = join(b, x, kept[-1], g)
-        return x
-
-    kept: list[torch.fx.Node] = []
-    modules, program = spell(write)
-    assert [m.role for m in modules] == ["attn", "mlp"]
-    linears = [n for n in program.step.graph.nodes if n.target is aten.linear.default]
-    assert [m.output for m in modules] == [linears[2], linears[4]], "the projection, not the gated product"
-    assert not modules[0].nodes & modules[1].nodes
-
-
-@pytest.mark.parametrize("gated", [True, False])
-def test_casts_between_branch_and_stream_are_seen_through(gated):
-    """bf16 models with float32 streams, as Wan writes them: x = (x.float() + y * gate).to(bf16)."""
-
-    def write(b, x, c, w, g):
-        for part in (lambda v: attend(b, v, c, w), lambda v: mlp(b, v, w)):
-            y = part(x)
-            y = mul(b, cast(b, y, torch.float32), cast(b, g, torch.float32)) if gated else cast(b, y, torch.float32)
-            x = cast(b, add(b, cast(b, x, torch.float32), y), torch.bfloat16)
-        return x
-
-    modules, program = spell(write, dtype=torch.bfloat16)
-    linears = [n for n in program.step.graph.nodes if n.target is aten.linear.default]
-    assert [m.role for m in modules] == ["attn", "mlp"]
-    outputs = [m.output.args[0] if m.output.target is aten._to_copy.default else m.output for m in modules]
-    assert outputs == [linears[2], linears[4]]
-
-
-def test_a_block_with_self_and_cross_attention_has_three_modules():
-    def write(b, x, c, w, g):
-        x = add(b, x, mul(b, g, attend(b, x, x, w)))
-        x = add(b, x, attend(b, x, c, w))
-        return add(b, x, mul(b, g, mlp(b, x, w)))
-
-    modules, _ = spell(write)
-    assert [m.role for m in modules] == ["attn", "attn", "mlp"]
-    attentions = [[n for n in m.nodes if cost.is_attention(n)] for m in modules]
-    assert [len(a) for a in attentions] == [1, 1, 0]
-    assert attentions[0] != attentions[1]
-
-
-@pytest.mark.parametrize("name", ["wan", "pixart"])
-def test_cross_attention_blocks_of_diffusers(name):
-    program = optimized(name, "outline_blocks")
-    modules = find_modules(program.functions["block0"], bind(program))
-    assert [m.role for m in modules] == ["attn", "attn", "mlp"]
-
-
-@pytest.mark.parametrize(
-    ("write", "why"),
-    [
-        (lambda b, x, c, w, g: mlp(b, x, w), "no residual"),
-        (lambda b, x, c, w, g: add(b, x, mul(b, g, x)), "no matrix product"),
-        (lambda b, x, c, w, g: b(aten.sub.Tensor, x, mlp(b, x, w)), "a difference"),
-        (lambda b, x, c, w, g: mul(b, x, mlp(b, x, w)), "a product"),
-        (lambda b, x, c, w, g: add(b, x, g), "what is added does not depend on the latent"),
-        (lambda b, x, c, w, g: add(b, row_of(b, x, 1), mlp(b, row_of(b, x, 0), w)), "made of another row"),
-        (lambda b, x, c, w, g: add(b, slice_of(b, x, 0, 3), mlp(b, slice_of(b, x, 3, 6), w)), "made of other rows"),
-        (
-            lambda b, x, c, w, g: add(
-                b, row_of(b, x, 2), mlp(b, add(b, row_of(b, x, 1), mlp(b, row_of(b, x, 0), w)), w)
-            ),
-            "a scan over rows",
-        ),
-    ],
-)
-def test_what_is_no_module(write, why):
-    assert spell(write)[0] == [], why
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda b, x, c, w, g: add(b, row_of(b, x, 1), mlp(b, row_of(b, x, 1), w)),
-        lambda b, x, c, w, g: add(b, row_of(b, x, 1), row_of(b, mlp(b, x, w), 1)),
-        lambda b, x, c, w, g: add(b, slice_of(b, x, 0, 3), mlp(b, slice_of(b, x, 2, 5), w)),
-    ],
-    ids=["the same row", "all rows", "rows that overlap"],
-)
-def test_a_module_of_a_part_of_the_stream(write):
-    assert [m.role for m in spell(write)[0]] == ["mlp"]
-
-
-def row_of(b, x, row):
-    return b(aten.select.int, x, 1, row)
-
-
-def slice_of(b, x, start, stop):
-    return b(aten.slice.Tensor, x, 1, start, stop)
-
-
-@pytest.mark.parametrize(
-    ("join", "want"),
-    [
-        (lambda b, x, y: b(aten.cat.default, [slice_of(b, x, 0, 2), slice_of(b, x, 2, 9)], 1), True),
-        (
-            lambda b, x, y: b(aten.cat.default, [slice_of(b, x, 0, 1), slice_of(b, x, 1, 3), slice_of(b, x, 3, 6)], 1),
-            True,
-        ),
-        (lambda b, x, y: b(aten.cat.default, [slice_of(b, x, 2, 9), slice_of(b, x, 0, 2)], 1), False),
-        (lambda b, x, y: b(aten.cat.default, [slice_of(b, x, 0, 2), slice_of(b, x, 3, 9)], 1), False),
-        (lambda b, x, y: b(aten.cat.default, [slice_of(b, x, 0, 2), slice_of(b, x, 2, 4)], 1), False),
-        (lambda b, x, y: b(aten.cat.default, [slice_of(b, x, 0, 2), slice_of(b, y, 2, 9)], 1), False),
-        (lambda b, x, y: b(aten.cat.default, [slice_of(b, x, 0, 3), slice_of(b, x, 3, 6)], 2), False),
-        (lambda b, x, y: b(aten.cat.default, [x], 1), False),
-        (lambda b, x, y: slice_of(b, x, 0, 6), False),
-    ],
-)
-def test_a_stream_that_is_split_and_joined_again_is_itself(join, want):
-    b = Builder()
-    x, y = b.input("x", "latent", 2, 6, 8), b.input("y", "latent", 2, 6, 8)
-    node = join(b, x, y)
-    assert rejoined(node) is (x if want else None)
-
-
-# -- binding times -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("write", "want"),
-    [
-        (lambda b, x, t, c: b(aten.zeros_like.default, x), Binding.CONSTANT),
-        (lambda b, x, t, c: b(aten.full_like.default, x, 2.0), Binding.CONSTANT),
-        (lambda b, x, t, c: add(b, c, b(aten.ones_like.default, x)), Binding.PROMPT),
-        (lambda b, x, t, c: b(aten.expand_as.default, t, x), Binding.TIMESTEP),
-        (lambda b, x, t, c: b(aten.type_as.default, t, x), Binding.TIMESTEP),
-        (lambda b, x, t, c: b(aten.expand_as.default, add(b, t, c), x), Binding.TIMESTEP | Binding.PROMPT),
-        (lambda b, x, t, c: b(aten.new_zeros.default, x, [2, 8]), Binding.CONSTANT),
-        # the same value read for its content too
-        (lambda b, x, t, c: b(aten.expand_as.default, x, x), Binding.LATENT),
-        (lambda b, x, t, c: b(aten.type_as.default, x, x), Binding.LATENT),
-        (lambda b, x, t, c: b(aten.type_as.default, x, t), Binding.LATENT),
-        (lambda b, x, t, c: add(b, mul(b, x, 0.0), c), Binding.LATENT | Binding.PROMPT),
-    ],
-)
-def test_an_operator_that_reads_only_a_type_does_not_depend_on_the_value(write, want):
-    b = Builder()
-    x, t, c = b.input("x", "latent", 2, 8), b.input("t", "timestep", 2, 1), b.input("c", "prompt", 2, 8)
-    program = b.program(write(b, x, t, c))
-    assert bind(program)[program.step.results[0]] == want
-
-
-def test_the_time_embedding_of_wan_is_not_tainted_by_the_prompt():
-    """``type_as`` there reads the dtype of the text (CAPTURE, point 23)."""
-    program = captured("wan")[1].program
-    binding = bind(program)
-    model, _ = captured("wan")
-    weight = model.condition_embedder.time_proj.weight
-    (node,) = [p for p in program.step.placeholders if program.params.get(formal(p).ref) is weight]
-    (product,) = node.users
-    assert binding[product] == Binding.TIMESTEP
-
-
-def test_bindings_of_body_nodes_join_over_their_calls():
-    program = PassManager("outline_blocks").run(tiny_dit())[-1].program
-    binding = bind(program)
-    body = program.functions["block0"]
-    by_result = {binding[r] for r in body.results}
-    assert by_result == {Binding.LATENT | Binding.TIMESTEP | Binding.PROMPT}
-    free = [n for n in body.graph.nodes if n.op == "call_function" and not binding[n] & Binding.LATENT]
-    assert len([n for n in free if n.target is aten.linear.default]) == 2
-
-
-# -- cost --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("call", "shapes", "want"),
-    [
-        (lambda x, w: F.linear(x, w), [(2, 5, 8), (3, 8)], 2 * 2 * 5 * 8 * 3),
-        (lambda x, w, b: F.linear(x, w, b), [(7, 8), (3, 8), (3,)], 2 * 7 * 8 * 3),
-        (lambda a, b: a @ b, [(4, 5), (5, 6)], 2 * 4 * 5 * 6),
-        (lambda a, b: a @ b, [(3, 4, 5), (5, 6)], 2 * 3 * 4 * 5 * 6),
-        (lambda a, b: a @ b, [(2, 3, 4, 5), (3, 5, 6)], 2 * 2 * 3 * 4 * 5 * 6),
-        (lambda a, b: a @ b, [(4, 5), (5,)], 2 * 4 * 5),
-        (lambda a, b: torch.bmm(a, b), [(3, 4, 5), (3, 5, 6)], 2 * 3 * 4 * 5 * 6),
-        (lambda c, a, b: torch.addmm(c, a, b), [(6,), (4, 5), (5, 6)], 2 * 4 * 5 * 6),
-        (lambda c, a, b: torch.baddbmm(c, a, b), [(3, 4, 6), (3, 4, 5), (3, 5, 6)], 2 * 3 * 4 * 5 * 6),
-        (lambda x, w: F.conv2d(x, w, stride=2), [(2, 4, 8, 8), (16, 4, 2, 2)], 2 * 2 * 16 * 4 * 4 * 4 * 2 * 2),
-        (lambda x, w: F.conv2d(x, w, padding="same"), [(2, 4, 8, 8), (16, 4, 3, 3)], 2 * 2 * 16 * 64 * 4 * 9),
-        (lambda x, w: F.conv1d(x, w, groups=4, padding=1), [(2, 4, 9), (8, 1, 3)], 2 * 2 * 8 * 9 * 3),
-        (lambda x, w: F.conv3d(x, w), [(1, 2, 4, 4, 4), (5, 2, 1, 2, 2)], 2 * 5 * 4 * 3 * 3 * 2 * 4),
-        (lambda x, w: F.conv_transpose2d(x, w, stride=2), [(2, 4, 5, 5), (4, 3, 2, 2)], 2 * 2 * 4 * 25 * 3 * 4),
-        (
-            lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
-            [(2, 3, 7, 8), (2, 3, 5, 8), (2, 3, 5, 4)],
-            2 * 2 * 3 * 7 * 5 * (8 + 4),
-        ),
-        (lambda a, b: torch.einsum("bij,bjk->bik", a, b), [(3, 4, 5), (3, 5, 6)], 2 * 3 * 4 * 5 * 6),
-        (lambda a, b: torch.einsum("...ij,jk->...ik", a, b), [(3, 4, 5), (5, 6)], 2 * 3 * 4 * 5 * 6),
-        (lambda a: torch.einsum("nhwpqc->nchpwq", a), [(1, 2, 3, 4, 5, 6)], 0),
-        (lambda a, b: F.gelu(a) + b.softmax(-1), [(4, 5), (4, 5)], 0),
-    ],
-)
-def test_flops_counted_by_hand(call, shapes, want):
-    class Call(nn.Module):
-        def forward(self, *tensors):
-            return call(*tensors)
-
-    spec, tensors = bind_call(Call(), tuple(torch.randn(s) for s in shapes), {})
-    program = capture(Call(), spec, tensors).program
-    assert cost.step_flops(program) == (want, 0)
-
-
-@pytest.mark.parametrize("name", list(ZOO))
-def test_flops_agree_with_the_counter_of_torch(name):
-    model, c = captured(name)
-    with (
-        torch.no_grad(),
-        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
-    ):
-        model(**ZOO[name].inputs())
-    want = counter.get_total_flops()
-    flat, _ = cost.step_flops(c.program)
-    assert flat == cost.step_flops(optimized(name, "outline_blocks"))[0], "outlining moves work, it makes none"
-    assert math.isclose(flat, want, rel_tol=0.02), (flat, want)

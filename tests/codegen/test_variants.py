@@ -13,8 +13,8 @@ import torch
 from ditopt.artifact import Plan
 from ditopt.codegen.build import build
 from ditopt.codegen.variants import combinations, pick, worth
-from ditopt.engine import variants
 from ditopt.errors import DitoptWarning, SessionError
+from ditopt.rewriting import variants
 from ditopt.runtime.session import Session
 from tests.runtime.loops import plan, program, request
 

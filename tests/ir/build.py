@@ -138,3 +138,11 @@ def sample():
         ),
         applied=("canonicalize", "cache{every=3}"),
     )
+
+
+def add(b, x, y):
+    return b(aten.add.Tensor, x, y)
+
+
+def mul(b, x, y):
+    return b(aten.mul.Tensor, x, y)
