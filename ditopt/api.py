@@ -14,7 +14,7 @@ from ditopt.artifact import Manifest
 from ditopt.capture import Captures, arguments_of, bind, capture, seal, watched
 from ditopt.codegen.build import describe, export
 from ditopt.codegen.lower import lower, lower_memos
-from ditopt.engine import Engine, describe_for, rewrite, schedule_of, variants
+from ditopt.engine import Engine
 from ditopt.errors import BadInput, DitoptWarning
 from ditopt.ir.fold import fold_constants
 from ditopt.ir.program import Role
@@ -24,6 +24,7 @@ from ditopt.pacing import refuse_bare, refuse_file
 from ditopt.pipeline import Context, PassManager, legalize
 from ditopt.recipe import Recipe
 from ditopt.release import Release
+from ditopt.rewriting import describe_for, rewrite, schedule_of, variants
 from ditopt.target import resolve
 
 Examples = Mapping[str, Any] | Sequence[Any]

@@ -12,7 +12,7 @@ from ditopt.runtime.policy import COMPUTE, needed, schedule_of, walk
 
 def live_slots(program: Program, rows: Sequence[Mapping[str, str]] | None = None) -> list[StateSlot]:
     """The slots that a Session will hold: those that some step graph reads (``rows``: the choices that have graphs, as
-    ``engine.variants`` gives them). Those of lifetime "request" are held once for each guidance branch."""
+    ``rewriting.variants`` gives them). Those of lifetime "request" are held once for each guidance branch."""
     read = {f.ref for v in lower(program, rows) for f in v.graph.inputs if f.kind == "state"}
     return [s for s in program.state if s.name in read]
 

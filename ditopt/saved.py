@@ -81,11 +81,11 @@ def load(path: str | Path, *, target: str = "auto") -> LoadedModel:
 
 def _load_folder(folder: Path, target: str) -> LoadedModel:
     from ditopt.codegen.build import build
-    from ditopt.engine import variants
     from ditopt.errors import DitoptError
     from ditopt.ir.parse import parse_program
     from ditopt.ir.verify import verify
     from ditopt.pipeline import legalize
+    from ditopt.rewriting import variants
     from ditopt.target import resolve
 
     if not (folder / MANIFEST).is_file():

@@ -20,7 +20,7 @@ from ditopt.calibration.tape import Tape
 from ditopt.capture import Captured
 from ditopt.codegen.build import describe, eager
 from ditopt.codegen.lower import Lowered, Lowering
-from ditopt.engine import Compiled, Engine, describe_for, latent_of
+from ditopt.engine import Compiled, Engine
 from ditopt.errors import BadInput, DitoptWarning, RecipeError
 from ditopt.fitted import UNKNOWN, model_text
 from ditopt.ir.binding import Binding, bind
@@ -32,6 +32,7 @@ from ditopt.ir.smoothing import measured
 from ditopt.ir.span import modulated_input
 from ditopt.pipeline import Context, PassManager, PassResult
 from ditopt.recipe import Recipe, Step
+from ditopt.rewriting import describe_for, latent_of
 from ditopt.runtime.session import Session
 
 MODULATED, MAXIMA = "modulated", "maxima"
