@@ -175,8 +175,8 @@ def loop(make: Callable[[], Step], seed: int = 0) -> tuple[list[tuple[str, ...]]
 
     def call(k: int, x: Tensor, t: float, branch: int) -> Tensor:
         if branch not in steps:
-            Parts.branch = branch
-            steps[branch] = make()
+            with mock.patch.object(Parts, "branch", branch):
+                steps[branch] = make()
         decided, v = steps[branch](k, x.float().numpy(), t)
         chosen.append(tuple(decided))
         return _torch(v)
