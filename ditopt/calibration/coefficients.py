@@ -1,10 +1,9 @@
 """Coefficients of a forecast, fitted to a recording: one row for each step that a mask reuses.
 
 The error at the end is one combination of recorded outputs, linear in all coefficients of all steps (``estimate``), so
-that the coefficients of least error follow from one system of equations. What that leaves out is that the model answers
-to an error before the end: so the errors of single steps count too, and coefficients that change little from those of
-the polynomial are preferred. The relatives in the literature fit the coefficients of a multistep solver instead (such
-as S4S, arXiv 2502.17423).
+that the coefficients of least error follow from one system of equations. The estimate's response decides how far errors
+of different steps may be made to cancel; coefficients that change little from those of the polynomial are preferred.
+The relatives in the literature fit the coefficients of a multistep solver instead (such as S4S, arXiv 2502.17423).
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import numpy as np
 
 from ditopt.calibration.estimate import Estimate
-from ditopt.calibration.mask import Floats
 from ditopt.ir.program import Rows
 
 ROUNDS = 3
@@ -27,47 +25,34 @@ _LEAST = 1e-12
 """A step that goes nowhere keeps the polynomial's coefficients."""
 
 
-def fitted(estimate: Estimate, mask: str, local: float) -> Rows:
+def fitted(estimate: Estimate, mask: str, anchors: int | None = None) -> Rows:
     """For each step of ``mask`` the coefficients of the newest computed values, newest first; () where it computes.
 
-    local: weight of the errors of single steps against that of all of them together at the end.
+    anchors: how many values a step reads at most (None: as many as the estimate's polynomial).
     """
-    rows = estimate.rows(mask)
-    places = [(s, a) for s, (anchors, _) in rows.items() for a in anchors]
-    if not places:
+    rows = estimate.rows(mask, anchors)
+    if not rows:
         return tuple(() for _ in mask)
+    at = np.array(list(rows))  # the reused steps
+    step = np.repeat(at, [len(told) for _, told in rows.values()])  # of each coefficient: the step that it is for
+    read = np.concatenate([np.asarray(a, dtype=int) for a, _ in rows.values()])  # and the one that it reads
     known = np.concatenate([told for _, told in rows.values()])
-    worth, steps = estimate.worth, estimate.steps
-    spread = np.zeros((steps, len(places)))  # coefficients -> the combination of outputs that is the error
-    for k, (s, a) in enumerate(places):
-        spread[a, k] = worth[s]
-    missing = np.zeros(steps)
-    missing[list(rows)] = -worth[list(rows)]
-    weight = np.maximum(worth**2, _LEAST * np.max(worth**2))
-    found = known
+    worth, together = estimate.worth, estimate.response.together(estimate.steps)
+    counts = np.outer(worth, worth) * together
+    own = np.diag(counts)[step]
+    least = _LEAST * float(np.max(worth**2))
+    found = rows
     for _ in range(ROUNDS):
-        c = spread @ found + missing
-        square = np.einsum("s,nst,t->n", c, estimate.products, c)
-        inner = np.einsum("n,nst->st", 1 / np.maximum(square, _TINY), estimate.products)
-        inner /= np.trace(inner) / steps
-        left = spread.T @ inner @ spread
-        right = -spread.T @ inner @ missing
-        _add_single(left, right, rows, inner, worth, local)
-        ridge = RIDGE * np.array([weight[s] * inner[a, a] for s, a in places])
-        found = np.linalg.solve(left + np.diag(ridge), right + ridge * known)
-    told = iter(found.tolist())
-    return tuple(tuple(next(told) for _ in rows[s][0]) if s in rows else () for s in range(steps))
-
-
-def _add_single(
-    left: Floats, right: Floats, rows: dict[int, tuple[list[int], Floats]], inner: Floats, worth: Floats, local: float
-) -> None:
-    """The errors of single steps, added to the equations ``left @ found = right``."""
-    at = 0
-    for s, (anchors, told) in rows.items():
-        own = slice(at, at := at + len(told))
-        left[own, own] += local * worth[s] ** 2 * inner[np.ix_(anchors, anchors)]
-        right[own] += local * worth[s] ** 2 * inner[anchors, s]
+        weight = 1 / np.maximum(estimate.squares(found), _TINY)
+        inner = np.einsum("n,nst->st", weight, estimate.products)
+        inner /= np.trace(inner) / estimate.steps
+        left = counts[np.ix_(step, step)] * inner[np.ix_(read, read)]
+        right = (counts[np.ix_(step, at)] * inner[np.ix_(read, at)]).sum(1)
+        ridge = RIDGE * np.maximum(own, least) * np.diag(inner)[read]
+        flat = np.linalg.solve(left + np.diag(ridge), right + ridge * known)
+        ends = np.cumsum([len(told) for _, told in rows.values()])[:-1]
+        found = {s: (a, c) for (s, (a, _)), c in zip(rows.items(), np.split(flat, ends), strict=True)}
+    return tuple(tuple(found[s][1].tolist()) if s in found else () for s in range(estimate.steps))
 
 
 def text(mask: str, rows: Rows) -> str:

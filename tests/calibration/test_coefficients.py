@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 
 from ditopt.calibration.coefficients import fitted, text
-from ditopt.calibration.estimate import Estimate
+from ditopt.calibration.estimate import Estimate, Response
 from ditopt.calibration.sampled import sampled
 from ditopt.ir.program import Predictor
 from tests.calibration.test_estimate import CARRY, OUTPUTS, STEPS, latents, profile
@@ -39,7 +40,7 @@ def polynomial(order=1):
 def test_fitted_coefficients_are_those_of_least_error_in_the_sample(order):
     known = estimate(order)
     known.worth[:-1] *= CARRY
-    rows = fitted(known, MASK, 0.0)
+    rows = fitted(known, MASK)
     assert [len(r) for r in rows] == [0, 0, 2, 0, min(3, order + 1), min(3, order + 1), 0, order + 1, order + 1]
     best = at_the_end(rows)
     assert best < at_the_end(polynomial(order)) - 0.4
@@ -50,9 +51,19 @@ def test_fitted_coefficients_are_those_of_least_error_in_the_sample(order):
             assert at_the_end(other) > best
 
 
-def test_single_steps_count_by_their_weight():
+def test_more_values_than_the_polynomial_reads():
+    known = estimate(1)
+    known.worth[:-1] *= CARRY
+    rows = fitted(known, MASK, 3)
+    assert [len(r) for r in rows] == [0, 0, 2, 0, 3, 3, 0, 3, 3]
+    assert at_the_end(rows) < at_the_end(fitted(known, MASK))
+    assert known.rows(MASK, 3)[8][1][2:].tolist() == [0.0]
+    assert known.squares(known.rows(MASK, 3)) == pytest.approx(known.squares(known.rows(MASK)))
+
+
+def test_a_response_decides_how_far_errors_may_cancel():
     def single(rows):
-        """The mean square of the errors of the single steps."""
+        """The mean square of the errors of the single steps, in the sample."""
         off = 0.0
         for s, row in enumerate(rows):
             if row:
@@ -61,14 +72,13 @@ def test_single_steps_count_by_their_weight():
                 off += estimate().worth[s] ** 2 * np.square(told - OUTPUTS[:, s]).mean()
         return off
 
-    loose, firm = fitted(estimate(), MASK, 0.1), fitted(estimate(), MASK, 100.0)
-    assert single(firm) < single(loose)
-    assert single(firm) < single(polynomial())
+    firm, loose = (fitted(estimate().by(response=Response(memory=m)), MASK) for m in (0.01, math.inf))
+    assert single(firm) < single(polynomial()) < single(loose)
     assert at_the_end(loose) < at_the_end(firm)
 
 
 def test_nothing_reused_has_no_coefficients():
-    assert fitted(estimate(), "1" * STEPS, 0.3) == ((),) * STEPS
+    assert fitted(estimate(), "1" * STEPS) == ((),) * STEPS
     assert text("1101", ((), (), (1.23456789, -0.25), ())) == "1.23457 -0.25"
     assert text("1010", ((), (1.0,), (), (2.0, -1.0))) == "1; 2 -1"
 
@@ -76,7 +86,7 @@ def test_nothing_reused_has_no_coefficients():
 def test_a_step_that_goes_nowhere_keeps_the_polynomial():
     known = estimate()
     known.worth[8] = 0.0
-    rows = fitted(known, MASK, 0.3)
+    rows = fitted(known, MASK)
     assert rows[8] == pytest.approx(polynomial()[8])
     assert rows[5] != pytest.approx(polynomial()[5], abs=1e-3)
 

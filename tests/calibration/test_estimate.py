@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ditopt
-from ditopt.calibration.estimate import Estimate, best_orders, grown, moved
+from ditopt.calibration.estimate import Estimate, Response, best_orders, grown, moved
 from ditopt.calibration.profile import Profile
 from ditopt.calibration.sampled import sampled
 from ditopt.calibration.sources.searched import refined
@@ -83,6 +83,23 @@ def test_the_estimate_is_the_error_of_the_loop(order):
     assert estimate("1" * STEPS) < -100
 
 
+def test_a_response_is_what_becomes_of_errors():
+    """Against the sum over pairs of steps, written out."""
+    line = Estimate.of(profile(), LINE)
+    answered = line.by(response=Response(4.0, 2.5))
+    mask = "101001010"
+    off = {}
+    for s, (anchors, told) in line.rows(mask).items():
+        off[s] = sum(c * OUTPUTS[:, a] for c, a in zip(told, anchors, strict=True)) - OUTPUTS[:, s]
+    total = np.zeros(3)
+    for s, one in off.items():
+        for r, other in off.items():
+            grown = 4.0 ** (2 - s / (STEPS - 1) - r / (STEPS - 1)) * math.exp(-abs(s - r) / 2.5)
+            total += grown * line.worth[s] * line.worth[r] * (one * other).mean((1, 2))
+    assert answered(mask) == pytest.approx(np.log10(total).mean())
+    assert answered(mask) != pytest.approx(line(mask), abs=0.1)
+
+
 def test_the_chain_finds_the_best_masks():
     estimate = Estimate.of(profile(), LINE)
     chain = estimate.chain(7)
@@ -111,20 +128,15 @@ def test_moves():
     assert moved("10010", 1) == ["10100", "10001"]
 
 
-class Loop(Trials):
+class Loop:
     """The loop above, without a model."""
 
     def __init__(self) -> None:
         self.runs: list[str] = []
 
-    @property
-    def decisions(self):
-        return {"cache0": ("model",)}
-
-    def __call__(self, masks, best=None, fitted=None):
-        self.runs.append(masks["cache0"])
-        assert not fitted
-        return Worth(error(masks["cache0"], 1), masks["cache0"].count("1") / STEPS, ())
+    def __call__(self, mask: str, best: Worth | None = None) -> Worth:
+        self.runs.append(mask)
+        return Worth(error(mask, 1), mask.count("1") / STEPS, ())
 
 
 def test_more_compute_is_never_worse():
