@@ -31,6 +31,10 @@ from ditopt.runtime.predict import weights
 _TINY = 1e-300
 """Stands for an error of zero, whose logarithm is to be a number."""
 
+_BEFORE = 3
+"""Numbers of steps before the one asked for that a choice of orders builds its chains from: all would take minutes
+where many steps compute."""
+
 Row = tuple[list[int], Floats]
 """The computed steps that a reused step reads, newest first, and their coefficients."""
 
@@ -150,16 +154,16 @@ class Estimate:
 
     # -- the best masks ------------------------------------------------------------------------------------------------
 
-    def chain(self, count: int) -> dict[int, str]:
-        """The best mask found of each number of computed steps from 1 to ``count``, by descent.
+    def chain(self, count: int, first: int = 1) -> dict[int, str]:
+        """The best mask found of each number of computed steps from ``first`` to ``count``, by descent.
 
         Each number begins from the best mask of one step less, with the step added that helps most, and from evenly
         spaced masks. Deterministic.
         """
         best: dict[int, str] = {}
-        for n in range(1, count + 1):
+        for n in range(first, count + 1):
             starts = {spread(self.steps, n, phase / 4) for phase in range(4)}
-            if n > 1:
+            if n > first:
                 starts.add(min(grown(best[n - 1]), key=self))
             best[n] = min((self.descend(m) for m in sorted(starts)), key=self)
         return best
@@ -190,8 +194,9 @@ def moved(mask: str, reach: int | None = None) -> list[str]:
 def best_orders(
     estimates: Sequence[Estimate], count: int, within: float = 0.3
 ) -> list[tuple[Estimate, dict[int, str]]]:
-    """Of several predictors, with their chains, those whose best mask of ``count`` computed steps has an
-    estimate ``within`` so much of the least one, best first."""
-    chains = sorted(((e, e.chain(count)) for e in estimates), key=lambda pair: pair[0](pair[1][count]))
+    """Of several predictors, with their chains of the last few numbers of steps, those whose best mask of ``count``
+    computed steps has an estimate ``within`` so much of the least one, best first."""
+    made = [(e, e.chain(count, max(1, count - _BEFORE))) for e in estimates]
+    chains = sorted(made, key=lambda pair: pair[0](pair[1][count]))
     least = chains[0][0](chains[0][1][count])
     return [(e, chain) for e, chain in chains if e(chain[count]) <= least + within]
