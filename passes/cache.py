@@ -92,7 +92,7 @@ class Cache(Pass):
 
     contract = "approximate"
     requires = ("outline_blocks",)
-    after = ("hoist_invariants", "skip_blocks", "select_tokens")
+    after = ("hoist_invariants", "skip_blocks", "select_tokens", "edit_tokens")
 
     def validate(self) -> None:
         for option, least in (("first", 0), ("last", 0), ("order", 0), ("longest", 0), ("most", 0), ("budget", 0)):
