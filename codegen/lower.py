@@ -45,6 +45,7 @@ class Lowering:
         rest = program if self._parts is None else self._parts.rest
         rules = [d.rule for d in program.decisions if d.rule is not None]
         host = {d.gram for d in program.decisions if d.gram} | {r.signal for r in rules if r.lag}
+        host |= {r.need for r in rules if r.need}
         if self._parts is not None:
             reads = _probe(self._parts, self._parts.carried).graph.inputs
             host |= {f.ref for f in reads if f.kind == "state"}

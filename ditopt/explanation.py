@@ -185,13 +185,14 @@ def _rule_text(rule: Rule) -> list[str]:
     book = ", ".join(f"below {bound:g}: {steps:g}" for bound, steps in rule.book)
     test = {
         "below": f"reuses while it is below {rule.limit:g}",
-        "sum": f"reuses while its sum since the last computed step is below {rule.limit:g}",
+        "sum": f"reuses while its sum since the last step that {rule.since or 'it'} computed is below {rule.limit:g}",
         "book": f"reuses by the book of steps ({book})",
     }[rule.test]
     guards = [
         f"at most {rule.longest} in a row" if rule.longest else "",
         f"at most {rule.most} in a request" if rule.most else "",
         f"at most a sum of {rule.budget:g} over reused steps" if rule.budget else "",
+        f"only where the request needs at most {rule.room:.0%} of the tokens" if rule.need else "",
     ]
     return [
         f"on the other steps the host reads signal {rule.kind or rule.signal} ({when}){shape}",

@@ -28,6 +28,7 @@ from ditopt.ir.program import Basis, Decision, Interval, Predictor, Program, Row
 from ditopt.ir.reuse import Store
 from ditopt.ir.select import Selection, lacking, select_regions
 from ditopt.ir.signals import Signal
+from ditopt.ir.widening import Restart, partial_decision, widened
 from ditopt.pipeline import Context, Outcome, Pass
 
 _ORDERED = ("taylor", "newton", "lagrange", "hermite")
@@ -52,6 +53,9 @@ class Cache(Pass):
     ``threshold`` (its limit), ``coefficients`` and ``domain`` (numbers, highest degree first; lowest and highest),
     ``book`` (as in "0.03:12 0.05:10 inf:3": below 0.03 the next step that computes is the twelfth from here),
     ``longest``, ``most``, ``budget``; ``watch``: order of the Taylor series that signal=forecast checks.
+    ``partial``: behind a pass that runs blocks on part of their tokens, and with test=sum: below ``partial`` times the
+    threshold a step that is not reused computes that part, beyond it all (ir/widening.py); 0 leaves that to the
+    earlier pass. ``restart``: the steps that set the sum to 0: "full" ones, or "any" that compute.
     """
 
     region: str = "blocks.1:-1"
@@ -83,10 +87,12 @@ class Cache(Pass):
     most: int = 0
     budget: float = 0.0
     watch: int = 1
+    partial: float = 0.0
+    restart: Restart = "full"
 
     contract = "approximate"
     requires = ("outline_blocks",)
-    after = ("hoist_invariants", "skip_blocks", "select_tokens")
+    after = ("hoist_invariants", "skip_blocks", "select_tokens", "edit_tokens")
 
     def validate(self) -> None:
         for option, least in (("first", 0), ("last", 0), ("order", 0), ("longest", 0), ("most", 0), ("budget", 0)):
@@ -160,9 +166,8 @@ class Cache(Pass):
             raise RecipeError("cache{table=...,correction=...}: a trained predictor is not corrected; give one of both")
 
     def _validate_rule(self) -> None:
-        given = [
-            o for o in ("threshold", "coefficients", "domain", "book", "longest", "most", "budget") if getattr(self, o)
-        ]
+        read = ("threshold", "coefficients", "domain", "book", "longest", "most", "budget", "partial")
+        given = [o for o in read if getattr(self, o)]
         if self.signal == "none":
             if given or self.test != "below":
                 raise RecipeError(
@@ -171,6 +176,12 @@ class Cache(Pass):
             return
         if not 0 <= self.threshold < math.inf:
             raise RecipeError(f"cache{{threshold={self.threshold}}}: expected a number from 0 (never reuse) on")
+        if self.partial and not 1 < self.partial < math.inf:
+            raise RecipeError(
+                f"cache{{partial={self.partial:g}}}: expected a number above 1, or 0 for no partial steps"
+            )
+        if self.partial and self.test != "sum":
+            raise RecipeError(f"cache{{partial={self.partial:g}}} is a limit of a sum: give test=sum as well")
         if (self.test == "book") != bool(self.book):
             raise RecipeError("cache{test=book} goes with book=, such as '0.03:12 0.05:10 inf:3'")
         if len(_numbers(self.domain, "domain")) not in (0, 2):
@@ -202,6 +213,13 @@ class Cache(Pass):
             return Outcome(
                 program, 0, (f"{parts[0]} runs on part of its tokens; only its model's output is cached: region=model",)
             )
+        chosen = partial_decision(program)
+        if self.partial and chosen is None:
+            return Outcome(
+                program,
+                0,
+                (f"partial={self.partial:g} needs a pass before it that runs blocks on part of their tokens",),
+            )
         decided = [d for d in program.decisions if d.slots and not self._apart(d)]
         taken = {r for d in decided for r in d.regions if r not in parts}
         for region in (i for s in selections for i in s.ids):
@@ -220,6 +238,8 @@ class Cache(Pass):
             if work.reuse.groups:
                 applied += len(work.regions)
                 program = work.program(self.schedule, self.rule)
+                if self.partial and chosen is not None:
+                    program = widened(program, chosen, self.partial, self.restart)
         if not applied:
             return Outcome(program, 0, tuple(refused) or ("nothing that leaves the region depends on the latent",))
         return Outcome(program, applied, tuple(refused))

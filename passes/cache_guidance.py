@@ -78,7 +78,7 @@ class CacheGuidance(Pass):
 
     contract = "approximate"
     requires = ("canonicalize",)
-    after = ("outline_blocks", "hoist_invariants", "select_tokens", "cache")
+    after = ("outline_blocks", "hoist_invariants", "select_tokens", "edit_tokens", "cache")
 
     def validate(self) -> None:
         for option, least in (("every", 0), ("first", 0), ("last", 0), ("order", 0)):

@@ -50,7 +50,7 @@ class Quantize(Pass):
 
     contract = "approximate"
     requires = ("outline_blocks",)
-    after = ("hoist_invariants", "skip_blocks", "select_tokens", "cache", "cache_guidance")
+    after = ("hoist_invariants", "skip_blocks", "select_tokens", "edit_tokens", "cache", "cache_guidance")
 
     def validate(self) -> None:
         for option, least in (("group", 0), ("rank", 1), ("rounds", 1)):

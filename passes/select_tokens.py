@@ -24,7 +24,7 @@ from ditopt.ir.program import Interval, Program
 from ditopt.ir.score import Metric, Scoring, Share
 from ditopt.ir.select import select_regions
 from ditopt.ir.short import Mixes
-from ditopt.ir.tokens import Choosing
+from ditopt.ir.tokens import Chooser, Choosing
 from ditopt.pipeline import Context, Outcome, Pass
 
 
@@ -126,7 +126,7 @@ class SelectTokens(Pass):
             scoring = Scoring(self.metric, self.starvation, self.high, self.share)
             ratios = [self.ratio, *(share for share, _ in self._later())]
             counts = [functools.partial(self.count, ratio=ratio) for ratio in ratios]
-            work = Choosing(program, {b.id for b in blocks}, counts, scoring)
+            work = Choosing(program, {b.id for b in blocks}, counts, functools.partial(Chooser, scoring))
             later = [Interval(0, 0, since=since) for _, since in self._later()]
             return Outcome(work.program(self.schedule, later), len(work.blocks))
         except Mixes as reason:

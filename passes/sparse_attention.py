@@ -56,7 +56,15 @@ class SparseAttention(Pass):
 
     contract = "approximate"
     requires = ("recognize_attention", "outline_blocks")
-    after = ("hoist_invariants", "reorder_tokens", "skip_blocks", "select_tokens", "cache", "cache_guidance")
+    after = (
+        "hoist_invariants",
+        "reorder_tokens",
+        "skip_blocks",
+        "select_tokens",
+        "edit_tokens",
+        "cache",
+        "cache_guidance",
+    )
 
     def validate(self) -> None:
         for option, value in (("density", self.density), ("mass", self.mass)):

@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from ditopt.errors import DitoptWarning
 from ditopt.runtime.policy import REUSE, Schedule
@@ -77,7 +78,7 @@ class Stats:
 class Ledger:
     """The hits and misses of one request. ``rules``: the schedules of the decisions asked so far; ``measured``: what
     rules read, by decision; ``denied``: why a decision about guidance found none to skip, at the last call where it did
-    not."""
+    not; ``crowded``: of decisions that had no room, what they needed and what they have, of what there is."""
 
     request: int = 0
     calls: int = 0
@@ -88,6 +89,7 @@ class Ledger:
     wanted: Counter[str] = field(default_factory=Counter)
     hits: Counter[str] = field(default_factory=Counter)
     denied: dict[str, str] = field(default_factory=dict)
+    crowded: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def note(
         self,
@@ -96,9 +98,11 @@ class Ledger:
         rules: Mapping[str, Schedule],
         measured: Mapping[str, float],
         denied: Mapping[str, str],
+        crowded: Mapping[str, tuple[float, float]] = MappingProxyType({}),
     ) -> None:
         """A call succeeded."""
         self.denied.update(denied)
+        self.crowded.update(crowded)
         for name, value in measured.items():
             self.measured.setdefault(name, []).append(value)
         self.calls += 1
@@ -139,7 +143,16 @@ class Ledger:
         Not for a block that measured too much, where each block decides by itself and others hit.
         """
         hit = {repr(rule) for name, rule in self.rules.items() if self.hits[name] and self.measured.get(name)}
+        for name, (need, room) in self.crowded.items():
+            warnings.warn(
+                f"{name!r} computed all tokens where part of them would do: this request needs {need:.0%} of them, and "
+                f"a partial step computes {room:.0%}; optimize with a larger ratio, or for a smaller mask",
+                DitoptWarning,
+                stacklevel=4,
+            )
         for name, rule in self.rules.items():
+            if name in self.crowded:
+                continue
             if not self.hits[name] and not (self.measured.get(name) and repr(rule) in hit):
                 what = f"cache {name!r}" if name.startswith("cache") else repr(name)
                 warnings.warn(

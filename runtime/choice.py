@@ -27,7 +27,7 @@ from ditopt.runtime.policy import (
     settle,
     table_row,
 )
-from ditopt.runtime.rules import Course, asks, decide
+from ditopt.runtime.rules import Course, asks, course_of, decide
 
 Read = Callable[[Sequence[str]], Sequence[Sequence[float]]]
 """State slots or signals by name -> their content as flat lists of numbers."""
@@ -51,13 +51,15 @@ class Memory:
 @dataclass(frozen=True)
 class Choice:
     """``wanted``: what the decisions asked for; ``graph``: the variant that runs; ``controls``: numbers by control
-    input; ``memory``: after the step; ``measured``: the signals that were read, by decision."""
+    input; ``memory``: after the step; ``measured``: the signals that were read, by decision; ``crowded``: of decisions
+    that had no room, what they needed and what they have."""
 
     wanted: Mapping[str, str]
     graph: StepGraph
     controls: Mapping[str, Sequence[float]]
     memory: Memory
     measured: Mapping[str, float]
+    crowded: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def forecasts(ready: Ready, memory: Memory, now: Anchor) -> dict[str, Sequence[float]]:
@@ -87,7 +89,7 @@ def choose_step(
     wanted = filled(decisions, wanted, held, now.step)
     wanted |= {name: COMPUTE for name in denied if wanted[name] == REUSE}
     wanted = settle(decisions, wanted, memory.stale)
-    wanted, courses, measured = _by_rules(decisions, wanted, memory.courses, read)
+    wanted, courses, measured, crowded = _by_rules(decisions, wanted, memory.courses, read)
     graph = ready.variant(wanted)
 
     stale = missed(decisions, graph.choices, memory.stale)
@@ -107,22 +109,30 @@ def choose_step(
             anchors[d.name] = after(d, now, before, memory.stale - stale)
             courses[d.name] = memory.courses.get(d.name, Course()).computed() if d.rule else Course()
     held = in_window(decisions, graph.choices, held, memory.stale, stale)
-    return Choice(wanted, graph, controls, Memory(anchors, courses, grams, held, now.step, stale), measured)
+    return Choice(wanted, graph, controls, Memory(anchors, courses, grams, held, now.step, stale), measured, crowded)
 
 
 def _by_rules(
     decisions: Sequence[Decision], wanted: Mapping[str, str], courses: Mapping[str, Course], read: Read
-) -> tuple[dict[str, str], dict[str, Course], dict[str, float]]:
-    """``wanted`` with the reuses that a rule denies, the courses of rules that granted one, and what was measured."""
+) -> tuple[dict[str, str], dict[str, Course], dict[str, float], dict[str, tuple[float, float]]]:
+    """``wanted`` with the reuses that a rule denies, the courses of rules that granted one, what was measured, and what
+    was denied for want of room."""
     open_ = [(d, d.rule) for d in decisions if d.rule is not None and wanted[d.name] == REUSE]
     asked = [(d, r) for d, r in open_ if asks(r, courses.get(d.name, Course()))]
-    numbers = read([r.signal for _, r in asked]) if asked else []
-    measured = {d.name: float(n[0]) for (d, _), n in zip(asked, numbers, strict=True)}
+    names = list(dict.fromkeys([r.signal for _, r in asked] + [r.need for _, r in open_ if r.need]))
+    numbers = {name: float(n[0]) for name, n in zip(names, read(names) if names else [], strict=True)}
+    measured = {d.name: numbers[r.signal] for d, r in asked}
     out, after = dict(wanted), dict(courses)
     for d, rule in open_:
-        reuse, after[d.name] = decide(rule, courses.get(d.name, Course()), measured.get(d.name), d.name)
+        reuse, after[d.name] = decide(rule, course_of(d.name, rule, courses), measured.get(d.name), d.name)
         out[d.name] = REUSE if reuse else COMPUTE
-    return out, after, measured
+    crowded = {}
+    if not any(out[d.name] == REUSE and "model" in d.regions for d in decisions):
+        for d, rule in open_:
+            if rule.need and out[d.name] == REUSE and numbers[rule.need] > rule.room:
+                crowded[d.name] = numbers[rule.need], rule.room
+                out[d.name], after[d.name] = COMPUTE, after[d.name].computed()
+    return out, after, measured, crowded
 
 
 def _square(flat: Sequence[float]) -> list[list[float]]:

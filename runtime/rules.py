@@ -7,6 +7,7 @@ only when the step succeeded.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ditopt.errors import SessionError
@@ -29,6 +30,12 @@ class Course:
     def computed(self) -> Course:
         """After a step that computed, for whatever reason."""
         return replace(self, sum=0.0, spent=0.0, run=0, hold=None, held=self.run + 1)
+
+
+def course_of(name: str, rule: Rule, courses: Mapping[str, Course]) -> Course:
+    """What the rule of decision ``name`` goes by: its own course, with the sum of the one that it shares."""
+    own = courses.get(name, Course())
+    return replace(own, sum=courses.get(rule.since, Course()).sum) if rule.since else own
 
 
 def asks(rule: Rule, course: Course) -> bool:

@@ -353,7 +353,8 @@ class Session:
         stats.block_flops += sum(g.block_flops for g in done.ran)
         stats.full_flops += ready.manifest.full_flops
         stats.full_block_flops += ready.manifest.full_block_flops
-        self._ledger.note(row, done.choice.wanted, ready.rules(self.clock.steps), done.choice.measured, done.denied)
+        rules, choice = ready.rules(self.clock.steps), done.choice
+        self._ledger.note(row, choice.wanted, rules, choice.measured, done.denied, choice.crowded)
         self._event("step", request=tick.request, time=tick.time, **vars(row))
         if self.clock.kind == "guess":
             self._patience.note(tick.opened, REUSE in row.choices.values(), self._ledger)

@@ -200,7 +200,8 @@ class Caching:
     # -- the signal ------------------------------------------------------------------------------------------------
 
     def _site(self) -> Site:
-        first = next(iter(self.before.calls()), None)
+        blocks = self.before.blocks()  # others, such as refiners of the text, may be called before them
+        first = next((c for c in self.before.calls() if blocks and c.meta["region"] == blocks[0].id), None)
         output = next(
             (r for r in self.before.step.results[: self.before.step.n_results] if self.binding[r] & Binding.LATENT),
             None,

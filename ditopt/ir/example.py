@@ -82,11 +82,16 @@ def tiny_dit(blocks: int = 3, noise: bool = False, attention: bool = True, rotar
     )
 
 
-def grid_dit(rows: int = 16, columns: int = 16, blocks: int = 2) -> Program:
-    """``blocks`` blocks as above on the pixels of a latent (2, 8, rows, columns), whose tokens lie on that grid."""
+def grid_dit(rows: int = 16, columns: int = 16, blocks: int = 2, masked: bool = False) -> Program:
+    """``blocks`` blocks as above on the pixels of a latent (2, 8, rows, columns), whose tokens lie on that grid.
+
+    ``masked``: an input ``mask`` (2, 1, rows, columns) is added to it.
+    """
     b = Builder()
     x = b.input("hidden_states", "latent", ROWS, WIDTH, rows, columns)
     t = b.input("timestep", "timestep", ROWS)
+    if masked:
+        x = b(aten.add.Tensor, x, b.input("mask", "prompt", ROWS, 1, rows, columns))
     time = b(aten.sin.default, b(aten.unsqueeze.default, t, -1))
     cond = b(aten.silu.default, b(aten.linear.default, time, b.param("time.weight", WIDTH, 1)))
     tokens = rows * columns

@@ -210,6 +210,10 @@ class Rule:
     does not clamp); negative results count as 0.
     ``longest``, ``most``, ``budget``: at most so many reused steps in a row, in a request, and at most so large a sum
     of what was measured at reused steps since the last computed one; 0 is no bound.
+    ``since``: the decision whose computed steps set the sum of "sum" to 0, where it is not this one's own: several
+    decisions that share a sum, each with its own limit, choose among more than two ways to run a step
+    (ir/widening.py). ``need``, ``room``: besides, only while the number in the state slot ``need``, float32 (1,), which
+    an earlier step left, is at most ``room``; what computes all of a step anyway is not asked that.
     ``slots``, ``weights``, ``predictor``: of the forecast that the signal is the error of, where it is one. ``kind``:
     the name of the signal in ir/signals.py, for display.
     """
@@ -228,6 +232,9 @@ class Rule:
     weights: str = ""
     predictor: Predictor = Predictor()
     kind: str = ""
+    since: str = ""
+    need: str = ""
+    room: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""The rewrite behind the pass ``select_tokens``: beside the step on all tokens, one on those that a score chooses.
+"""The rewrite behind ``select_tokens`` and ``edit_tokens``: beside the step on all tokens, one on the chosen ones.
 
 The step gets a second path: the streams of the latent are gathered in front of the run, blocks are called with bodies
 that know part of the tokens (ir/short.py), and where something is reached that needs all of them (the model's output, a
 block behind the run) the computed ones are put into what was there before. ``select`` chooses between the two paths, so
 that lowering makes step graphs of them as of any other decision. State: the last value at each place where the paths
-meet again, keys and values of every attention, and the score by which the next positions are chosen.
+meet again, keys and values of every attention, and what the next positions are chosen by (``Chooses``).
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
 
 from ditopt.ir.binding import Binding, bind
+from ditopt.ir.cost import is_attention
 from ditopt.ir.edit import Editor, prune, replace_functions
 from ditopt.ir.outline import clone_body
 from ditopt.ir.program import (
@@ -29,6 +30,7 @@ from ditopt.ir.program import (
     Predictor,
     Program,
     Region,
+    Rule,
     Stream,
     TensorType,
     call_args,
@@ -64,12 +66,20 @@ class _Part:
 class Choosing:
     """The rewrite. ``counts``: how many of so many tokens a partial step computes, for the first part of a request and
     for each later one: each has a path of its own, and a decision that takes it (``names``); what is kept is kept for
-    all. ``blocks``: ids of those that run on part of the tokens."""
+    all. ``chooser``: makes who chooses, from this and the editable value whose tokens are chosen, where it enters the
+    run. ``entry``, ``stream``: that value in ``program``, and these tokens there. ``blocks``: ids of those that run on
+    part of the tokens. ``attended``: of each full body, by name, its attentions of tokens to each other, with the
+    places of queries and keys."""
 
     def __init__(
-        self, program: Program, ids: set[str], counts: Sequence[Callable[[int], int]], scoring: Scoring
+        self,
+        program: Program,
+        ids: set[str],
+        counts: Sequence[Callable[[int], int]],
+        chooser: Callable[[Choosing, fx.Node], Chooses],
+        origin: str = "select_tokens",
     ) -> None:
-        self.before, self.scoring = program, scoring
+        self.before, self.origin = program, origin
         self.names = [f"tokens{len(program.decisions) + k}" for k in range(len(counts))]
         self.name = self.names[0]
         self.binding = bind(program)
@@ -77,19 +87,22 @@ class Choosing:
         self.functions: dict[str, Function] = {}
         self.regions: dict[str, str] = {}
         self.blocks: list[str] = []
-        self.e = Editor(program.step, "select_tokens")
+        self.attended: dict[str, list[tuple[fx.Node, Place, Place]]] = {}
+        self.e = Editor(program.step, origin)
         self.reuse = Reuse(self.e, self.name, Predictor())
         self._parts: dict[Any, _Part] = {}
         self._full: dict[fx.Node, fx.Node] = {}  # results of calls that were made again
         self._met: dict[fx.Node, fx.Node] = {}
-        start, stream = _entry(program, self.span)
+        self.entry, self.stream = _entry(program, self.span)
+        start = self.entry
+        stream = self.stream
         value = start.meta["val"]
         place = Place(stream.axes[0], stream.start, int(value.shape[stream.axes[0]]), 0 if stream.axes[0] else -1)
         rows = int(value.shape[0]) if place.batch == 0 else 1
         sets = [TokenSet(stream.tokens, count(stream.tokens), rows) for count in counts]
         self.set = sets[0]
         node = self.e[start]
-        self.chooser = Chooser(self, node)
+        self.chooser = chooser(self, node)
         self.shorts = [Short(self.e, s, self.chooser.index(s.count), self._keep) for s in sets]
         for short in self.shorts:
             short.twins[node] = short.take(node, place, value.ndim), place
@@ -106,7 +119,8 @@ class Choosing:
         self.chooser.finish(self._output(), self._met)
         self.reuse.finish(self.before.step.state_out)
         together(self.e)
-        decisions = [Decision(self.name, tuple(self.blocks), schedule, Predictor(), tuple(self.reuse.groups), "")]
+        groups = tuple(self.reuse.groups)
+        decisions = [Decision(self.name, tuple(self.blocks), schedule, Predictor(), groups, "", rule=self.chooser.rule)]
         first = tuple(f"{block}.{self.name}" for block in self.blocks)  # these are asked where it is the first's turn
         for name, steps in zip(self.names[1:], later, strict=True):
             decisions.append(Decision(name, first, steps, Predictor("none"), (), ""))
@@ -263,7 +277,7 @@ class Choosing:
         takes: dict[str, tuple[str, Place, int]] = {}
         kept: dict[str, fx.Node] = {}
         shorts: dict[str, str] = {}
-        with clone_body(body, f"{short}{number}", "select_tokens") as e:
+        with clone_body(body, f"{short}{number}", self.origin) as e:
 
             def new(ref: str, value: Any) -> fx.Node:
                 return e.placeholder(ref, Formal("formal", ref), value)
@@ -297,14 +311,18 @@ class Choosing:
             e.set_results([*(s.twin(e[r]) for r in body.results), *(m for m, _ in s.merged.values())])
             back = {e[n]: n for n in body.graph.nodes if n.op != "output"}
             sites = [back[n] for n in s.merged]
+            attentions = [n for n in body.graph.nodes if is_attention(n)]
+            seen = [(n, s.place(e[n.args[0]]), s.place(e[n.args[1]])) for n in attentions]
             e.drop_dead()
             together(e)
         part = e.function()
         self.functions[part.name] = part
-        with clone_body(body, f"{name}_{self.name}{number}", "select_tokens") as e:
+        with clone_body(body, f"{name}_{self.name}{number}", self.origin) as e:
             e.set_results([*e.results, *(dense(e, e[node], after(e[node])) for node in sites)])
+            attended = [(e[n], query, key) for n, query, key in seen if query is not None and key is not None]
         full = e.function()
         self.functions[full.name] = full
+        self.attended[full.name] = attended
         values = tuple(r.meta["val"] for r in full.results[len(body.results) :])
         return _Part(part.name, full.name, shorts, takes, tuple(kept), values, places)
 
@@ -325,11 +343,7 @@ def _taken_type(e: Editor, value: Any, place: Place, rank: int, set_: TokenSet) 
 def _entry(program: Program, span: Span) -> tuple[fx.Node, Stream]:
     """The value whose tokens are chosen, where it enters the run, and its stream there."""
     first = span.calls[0]
-    streams = program.region(str(first.meta["region"])).streams
-    known = [s for s in streams if s.made_of == "latent"] or [s for s in streams if s.made_of == ""]
-    if not known:
-        raise Mixes(f"{first.meta['region']} has no stream of the latent whose tokens could be chosen")
-    stream = max(known, key=lambda s: s.tokens)
+    stream = stream_of(program, str(first.meta["region"]))
     if len(stream.axes) != 1:
         raise Mixes(
             f"the tokens of {first.meta['region']} lie in {len(stream.axes)} dimensions of its stream, not in one"
@@ -339,11 +353,39 @@ def _entry(program: Program, span: Span) -> tuple[fx.Node, Stream]:
     return call_args(first)[at], stream
 
 
-class Chooser:
-    """The positions of a step, from what the step before left; and what this step leaves for the next."""
+def stream_of(program: Program, block: str) -> Stream:
+    """The stream of a block whose tokens are chosen: the latent's."""
+    streams = program.region(block).streams
+    known = [s for s in streams if s.made_of == "latent"] or [s for s in streams if s.made_of == ""]
+    if not known:
+        raise Mixes(f"{block} has no stream of the latent whose tokens could be chosen")
+    return max(known, key=lambda s: s.tokens)
 
-    def __init__(self, work: Choosing, start: fx.Node) -> None:
-        self.work, e, o = work, work.e, work.scoring
+
+class Chooses(Protocol):
+    """Who chooses: by what steps before left in state slots of its own. ``rule``: by which the host decides whether a
+    step that its schedule leaves open is partial, None where all of them are."""
+
+    rule: Rule | None
+
+    def index(self, count: int) -> fx.Node:
+        """The positions of ``count`` tokens in each row, in their order, int64 (rows, count)."""
+        ...
+
+    def finish(self, output: fx.Node, met: Mapping[fx.Node, fx.Node]) -> None:
+        """Give the slots their new content, once both paths stand. ``output``: the model's; ``met``: node of the whole
+        path -> what is read from there on, whichever path was taken."""
+        ...
+
+
+class Chooser:
+    """By a score of what the model predicted: the positions of a step, from what the step before left; and what this
+    step leaves for the next."""
+
+    rule: Rule | None = None
+
+    def __init__(self, scoring: Scoring, work: Choosing, start: fx.Node) -> None:
+        self.work, self.scoring, e, o = work, scoring, work.e, scoring
         rows, tokens = work.set.rows, work.set.tokens
         with e.mode:
             empty = torch.empty((rows, tokens), dtype=torch.float32, device=start.meta["val"].device)
@@ -367,7 +409,7 @@ class Chooser:
         """The positions of ``count`` tokens in each row, in their order."""
         e, where = self.work.e, self.where
         skipped = self.work.set.tokens - count
-        low = skipped - int(skipped * self.work.scoring.high)
+        low = skipped - int(skipped * self.scoring.high)
         lowest = e.op(aten.topk.default, self.worth, count + low, -1, False, True, **where)
         ids = _item(e, lowest, 1, where["at"])
         if low:
@@ -378,7 +420,7 @@ class Chooser:
     def finish(self, output: fx.Node, met: Mapping[fx.Node, fx.Node]) -> None:
         """Score this step's prediction, and count whom it left out."""
         work, e = self.work, self.work.e
-        work.reuse.update(self.scores, score(e, work.short, output, met, work.scoring, work.channels(output)), "always")
+        work.reuse.update(self.scores, score(e, work.short, output, met, self.scoring, work.channels(output)), "always")
         end, place = e.graph.output_node(), Place(1, 0, work.set.tokens, 0)
         grown = e.op(aten.add.Tensor, self.skips, 1.0)
         skips = work.path([s.put(grown, s.gather(self.skips, place, 2, end), place, end) for s in work.shorts], end)

@@ -159,6 +159,10 @@ class _Verifier:
             self.number(where, "gram", d.gram, "f64", (d.predictor.anchors, d.predictor.anchors))
         if d.rule is not None:
             self.number(where, "rule.signal", d.rule.signal, "f32", (1,))
+            if d.rule.since and (d.rule.since not in self.decisions or d.rule.test != "sum"):
+                self.fail(where, f"rule.since={d.rule.since!r} is no decision, or its test adds nothing up")
+            if d.rule.need:
+                self.number(where, "rule.need", d.rule.need, "f32", (1,))
             if d.rule.weights or d.rule.slots:
                 self.group(where, "rule.slots", d.rule.slots, d.rule.predictor)
 

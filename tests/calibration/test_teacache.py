@@ -43,6 +43,15 @@ def test_known_coefficients_come_back():
     assert [float(c) for c in str(line["coefficients"]).split()] == pytest.approx([2, 0.1])
 
 
+def test_hetcache_takes_the_same_polynomial():
+    given = profile(walk(CHANGES), walk(np.polyval(KNOWN, CHANGES)))
+    made, other = options(fit("hetcache{threshold=0.2,first=3}", given)), options(fit("teacache", given))
+    assert [made[name] for name in ("coefficients", "domain")] == [other[name] for name in ("coefficients", "domain")]
+    assert (made["threshold"], made["partial"], made["signal"]) == (0.2, 1.5, "modulated")
+    with pytest.raises(RecipeError, match="hetcache: coefficients and domain are what a calibration finds"):
+        fit("hetcache{coefficients=2 0}", given)
+
+
 def test_the_signal_is_what_the_first_layer_of_the_first_block_reads():
     """Against the parts of a denoiser, run by hand."""
     taken = []

@@ -12,7 +12,7 @@ import torch
 
 from ditopt._torch import FakeTensorMode
 from ditopt.errors import VerifyError
-from ditopt.ir.program import Formal, Function, Input, Predictor, Region, StateSlot, TensorType
+from ditopt.ir.program import Formal, Function, Input, Predictor, Region, Rule, StateSlot, TensorType
 from ditopt.ir.verify import verify
 from tests.ir.build import Builder, aten, program, sample
 
@@ -31,6 +31,11 @@ def output(p, change):
 
 def with_step(p, **changes):
     return p.replace(functions={**p.functions, "step": dataclasses.replace(p.step, **changes)})
+
+
+def with_number(p):
+    """With a slot that the host can read."""
+    return p.replace(state=(*p.state, StateSlot("number", TensorType(torch.float32, (1,)))))
 
 
 def with_decision(p, **changes):
@@ -163,6 +168,22 @@ RULES = {
             slots=(("cache.0", "cache.2"),),
         ),
         "decision 'cache': slots[0] has slots of different types",
+    ),
+    "rule slot": (
+        lambda p: with_decision(p, rule=Rule("cache.7")),
+        "decision 'cache': rule.signal names the state slot 'cache.7', which does not exist",
+    ),
+    "rule since": (
+        lambda p: with_decision(with_number(p), rule=Rule("number", "sum", since="other")),
+        "decision 'cache': rule.since='other' is no decision, or its test adds nothing up",
+    ),
+    "rule since no sum": (
+        lambda p: with_decision(with_number(p), rule=Rule("number", "below", since="cache")),
+        "decision 'cache': rule.since='cache' is no decision, or its test adds nothing up",
+    ),
+    "rule need": (
+        lambda p: with_decision(with_number(p), rule=Rule("number", need="cache.0")),
+        "decision 'cache': rule.need is torch.float32[2, 8], what the host reads is torch.float32[1]",
     ),
     "decision not asked": (
         lambda p: p.replace(decisions=(*p.decisions, dataclasses.replace(p.decisions[0], name="d", weights="w"))),

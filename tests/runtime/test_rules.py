@@ -21,7 +21,7 @@ from ditopt.runtime.policy import (
     table,
     wanted_sets,
 )
-from ditopt.runtime.rules import Course, asks, decide, shaped
+from ditopt.runtime.rules import Course, asks, course_of, decide, shaped
 
 
 def run(rule: Rule, signals) -> str:
@@ -44,6 +44,25 @@ def test_a_threshold_of_zero_never_reuses():
 
 def test_sum_adds_up_and_starts_anew_when_a_step_computes():
     assert run(Rule("s", "sum", 0.5), [0.2, 0.2, 0.2, 0.2, 0.2, 0.2]) == "001001"
+
+
+def three_ways(inner: Rule, outer: Rule, signals) -> str:
+    """Of two decisions that share a sum: h where both reuse, p where the outer one does alone, f where none does."""
+    courses: dict[str, Course] = {}
+    out = ""
+    for signal in signals:
+        made = {n: decide(r, course_of(n, r, courses), signal) for n, r in (("inner", inner), ("outer", outer))}
+        courses = {name: course for name, (_, course) in made.items()}
+        out += "h" if made["inner"][0] else "p" if made["outer"][0] else "f"
+    return out
+
+
+def test_two_limits_of_one_sum_are_three_ways():
+    signals = [0.3, 0.3, 0.3, 0.1, 0.3, 0.3, 0.3, 0.9]
+    full = three_ways(Rule("s", "sum", 0.5, since="outer"), Rule("s", "sum", 0.8), signals)
+    assert full == "hpfhhpff", "a partial step leaves the sum as it is"
+    assert three_ways(Rule("s", "sum", 0.5), Rule("s", "sum", 0.8, since="inner"), signals) == "hphhphpf"
+    assert full != three_ways(Rule("s", "sum", 0.5), Rule("s", "sum", 0.8), signals), "each with a sum of its own"
 
 
 def test_a_polynomial_is_applied_to_the_clamped_signal_and_never_negative():
