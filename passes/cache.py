@@ -86,7 +86,7 @@ class Cache(Pass):
 
     contract = "approximate"
     requires = ("outline_blocks",)
-    after = ("hoist_invariants", "skip_blocks", "select_tokens")
+    after = ("hoist_invariants", "skip_blocks")
 
     def validate(self) -> None:
         for option, least in (("first", 0), ("last", 0), ("order", 0), ("longest", 0), ("most", 0), ("budget", 0)):
@@ -200,7 +200,12 @@ class Cache(Pass):
         parts = [r.parent for r in program.regions if r.role == "part"]
         if parts and any(s.kind != "model" for s in selections):
             return Outcome(
-                program, 0, (f"{parts[0]} runs on part of its tokens; only its model's output is cached: region=model",)
+                program,
+                0,
+                (
+                    f"{parts[0]} runs on part of its tokens already: cache blocks and modules first, then select "
+                    "tokens, as one recipe with both does",
+                ),
             )
         decided = [d for d in program.decisions if d.slots and not self._apart(d)]
         taken = {r for d in decided for r in d.regions if r not in parts}
