@@ -21,7 +21,7 @@ from ditopt.codegen.variants import Choices, combinations
 from ditopt.ir.cost import function_flops, step_flops
 from ditopt.ir.edit import Editor, prune
 from ditopt.ir.opening import opened
-from ditopt.ir.program import Formal, Function, Program, call_args, callee, formal, is_call
+from ditopt.ir.program import Formal, Function, Program, call_args, callee, formal, is_call, owner
 from ditopt.ops import select
 
 
@@ -189,15 +189,16 @@ def _decided(program: Program, choices: Choices) -> Program:
 
 
 def _decide(function: Function, choices: Choices) -> Function:
-    """``function`` with every select replaced by the operand that ``choices`` takes: of new state the old one where
-    nothing is kept ("bypass")."""
+    """``function`` with every select replaced by the operand that ``choices`` takes: of a decision's own new state the
+    old one where nothing of it is kept ("bypass")."""
     with Editor(function, "lower") as e:
-        state = set(e.results[len(e.results) - len(function.state_out) :])
+        new = zip(e.results[len(e.results) - len(function.state_out) :], function.state_out, strict=True)
+        own = {(node, owner(slot)) for node, slot in new}
         for node in list(e.graph.nodes):
             if node.target is select:
                 computed, predicted, decision = node.args
                 choice = choices.get(str(decision), "compute")
-                kept = choice == "compute" or (choice == "bypass" and node not in state)
+                kept = choice == "compute" or (choice == "bypass" and (node, decision) not in own)
                 chosen = computed if kept else predicted
                 node.replace_all_uses_with(chosen)
         e.drop_dead(formals=False)

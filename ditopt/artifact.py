@@ -195,6 +195,7 @@ def _manifest(d: dict[str, Any]) -> Manifest:
             gram=x["gram"],
             guidance=x["guidance"],
             reads=tuple(x.get("reads", ())),
+            needs=tuple(x.get("needs", ())),
         )
         for x in d["decisions"]
     )

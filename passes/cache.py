@@ -92,7 +92,7 @@ class Cache(Pass):
 
     contract = "approximate"
     requires = ("outline_blocks",)
-    after = ("hoist_invariants", "skip_blocks", "select_tokens", "edit_tokens")
+    after = ("hoist_invariants", "skip_blocks", "edit_tokens")
 
     def validate(self) -> None:
         for option, least in (("first", 0), ("last", 0), ("order", 0), ("longest", 0), ("most", 0), ("budget", 0)):
@@ -211,7 +211,12 @@ class Cache(Pass):
         parts = [r.parent for r in program.regions if r.role == "part"]
         if parts and any(s.kind != "model" for s in selections):
             return Outcome(
-                program, 0, (f"{parts[0]} runs on part of its tokens; only its model's output is cached: region=model",)
+                program,
+                0,
+                (
+                    f"{parts[0]} runs on part of its tokens already: cache blocks and modules first, then select "
+                    "tokens, as one recipe with both does",
+                ),
             )
         chosen = partial_decision(program)
         if self.partial and chosen is None:

@@ -3,7 +3,8 @@
 What depends on the weights alone is computed once, what depends on the prompt or the shape once a request. What depends
 on the timestep becomes a table with one row a step: one that every request shares, for what depends on nothing else,
 and one for what depends on the prompt too. All are memos (``Program.memos``): functions whose values the step reads and
-does not recompute. Exact, and bit-equal in eager: a memo runs the same operators on the same rows as the step did, so
+does not recompute. What is computed in the same way of the same values, as each block's view of one table of positions
+is, is one value. Exact, and bit-equal in eager: a memo runs the same operators on the same rows as the step did, so
 filling it changes no rounding (a table built for all timesteps in one matrix product would).
 
 In DiTs with adaptive layer norm a third of the weights is used by such values only, and leaves the loop with them.
@@ -20,6 +21,7 @@ from torch import fx
 
 from ditopt.ir import example
 from ditopt.ir.binding import Binding, bind
+from ditopt.ir.common import merge_equal
 from ditopt.ir.cost import is_attention, is_matmul
 from ditopt.ir.edit import Editor, prune
 from ditopt.ir.keys import free_keys
@@ -51,12 +53,16 @@ class HoistInvariants(Pass):
             return Outcome(program, 0, ("the program holds caches already; hoist before caching",))
         flat = flatten(program)
         binding = bind(flat)
-        nodes = [n for n in trace(flat.step) if not binding[n] & Binding.LATENT and not _random(n)]
+        nodes = _free(flat, binding)
         if not any(is_matmul(n) or is_attention(n) for n in nodes):
             return Outcome(program, 0, ("no matrix product is free of the latent: hoisting would save nothing",))
         seen, free = free_keys(flat.step, binding)
         if self.need == "keys" and not free:
             return Outcome(program, 0, (_bound(seen, [i.name for i in flat.inputs if i.role == "latent"]),))
+        found = len(nodes)
+        flat, merged = merge_equal(flat, nodes, self.name)
+        binding = bind(flat)
+        nodes = _free(flat, binding)
         inputs = _inputs_of(flat.step)
         times = {i.name for i in flat.inputs if i.role == "timestep"}
         groups: dict[str, list[fx.Node]] = {name: [] for name in MEMOS}
@@ -94,7 +100,8 @@ class HoistInvariants(Pass):
         if program.blocks():
             out = outline(out, self.name)
         kept = (f"{free} of {seen} attentions read keys that are computed once a request",) if free else ()
-        return Outcome(out, len(nodes), notes=(_share(out, everything), *kept))
+        equal = (f"{merged} of {found} operators compute what others compute, and are one with them",) if merged else ()
+        return Outcome(out, found, notes=(_share(out, everything), *equal, *kept))
 
     @classmethod
     def example_applies(cls) -> Program:
@@ -114,6 +121,11 @@ def _bound(seen: int, latents: Sequence[str]) -> str:
         "to the latent's, share an attention with them, or are modulated by the time of the step"
         f"{other if len(latents) > 1 else ''}; lossless moves out of the loop what else it can"
     )
+
+
+def _free(program: Program, binding: Mapping[fx.Node, Binding]) -> list[fx.Node]:
+    """The operators of a flat program that do not depend on the latent."""
+    return [n for n in trace(program.step) if not binding[n] & Binding.LATENT and not _random(n)]
 
 
 def _random(node: fx.Node) -> bool:

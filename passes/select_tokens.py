@@ -9,6 +9,13 @@ left out. Nothing of this is read by the host: counts are static, positions are 
 In the Program, both paths stand side by side, and ``select`` is asked once a step which of them is taken
 (``Program.decisions``): "compute" is all tokens, "reuse" is part of them. At ``ratio=1`` all tokens are chosen on every
 step, the neutral setting: what is computed is the same, bit for bit. Approximate otherwise.
+
+With caches of blocks, modules or the model (passes/cache.py, which runs first) a step is full, partial or reused, and
+partial and reused at once: what is kept of a region has a row for each token, a partial step writes the rows that it
+computes, and a step that reuses reads those that it needs. A token that is left out stands still there too: each step
+that computes counts as one of its own for a predictor of higher order, which so sees no change of such a token. The
+first value of a cache is that of all tokens: such a step is not partial. Signals that a step measures behind a chosen
+token are refused.
 """
 
 from __future__ import annotations
@@ -54,7 +61,7 @@ class SelectTokens(Pass):
 
     contract = "approximate"
     requires = ("outline_blocks",)
-    after = ("hoist_invariants", "skip_blocks")
+    after = ("hoist_invariants", "skip_blocks", "cache")
 
     def validate(self) -> None:
         if not 0 < self.ratio <= 1:
@@ -107,11 +114,10 @@ class SelectTokens(Pass):
         return later
 
     def run(self, program: Program, context: Context) -> Outcome:
-        before = [d.name for d in program.decisions if d.slots]
-        if before:
-            return Outcome(
-                program, 0, (f"{before[0]} keeps values of all tokens already: select tokens once, then cache",)
-            )
+        parts = [r.parent for r in program.regions if r.role == "part"]
+        if parts:
+            said = f"{parts[0]} runs on part of its tokens already: one select_tokens a recipe; then= gives more shares"
+            return Outcome(program, 0, (said,))
         context.check_mask(self.mask)
         if not self.mask and context.steps and context.steps - self.last <= self.first:
             dense = f"the first {self.first}" + (f" and the last {self.last}" if self.last else "")

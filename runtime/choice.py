@@ -26,6 +26,7 @@ from ditopt.runtime.policy import (
     needed,
     settle,
     table_row,
+    whole,
 )
 from ditopt.runtime.rules import Course, asks, course_of, decide
 
@@ -88,7 +89,7 @@ def choose_step(
     held = memory.held if memory.last == now.step - 1 else {}
     wanted = filled(decisions, wanted, held, now.step)
     wanted |= {name: COMPUTE for name in denied if wanted[name] == REUSE}
-    wanted = settle(decisions, wanted, memory.stale)
+    wanted = whole(decisions, settle(decisions, wanted, memory.stale), memory.anchors, rules, now.step)
     wanted, courses, measured, crowded = _by_rules(decisions, wanted, memory.courses, read)
     graph = ready.variant(wanted)
 

@@ -141,6 +141,24 @@ def choose(rule: Schedule, anchors: Sequence[Anchor], step: int, time: float | N
     return COMPUTE if any(rule(s) for s in since) else REUSE
 
 
+def whole(
+    decisions: Sequence[Decision],
+    wanted: Mapping[str, str],
+    anchors: Mapping[str, Sequence[Anchor]],
+    rules: Mapping[str, Schedule],
+    step: int,
+) -> dict[str, str]:
+    """``wanted``, where what computes and holds nothing yet, and is read later, computes all that it keeps
+    (``Decision.needs``)."""
+    out = dict(wanted)
+    while True:
+        first = [d for d in decisions if d.needs and out[d.name] == COMPUTE and not anchors.get(d.name)]
+        more = {n for d in first for n in d.needs if out[n] == REUSE and needed(d, rules[d.name], step) != 0}
+        if not more:
+            return out
+        out |= dict.fromkeys(more, COMPUTE)
+
+
 def settle(decisions: Sequence[Decision], wanted: Mapping[str, str], stale: Collection[str] = ()) -> dict[str, str]:
     """``wanted``, where a branch of guidance is skipped or was: of a skipped call nothing else is computed or kept, and
     what half of a batch missed (``stale``) is computed for all of it before it is reused."""
@@ -333,7 +351,7 @@ def walk(
         choices = {d.name: choose(rules[d.name], anchors[d.name], step, now.time) for d in decisions}
         choices = filled(decisions, choices, held, step)
         choices |= {d.name: COMPUTE for d in decisions if leads and d.guidance == "calls"}
-        choices = settle(decisions, choices, stale)
+        choices = whole(decisions, settle(decisions, choices, stale), anchors, rules, step)
         if graphs is not None:
             choices = {**dict.fromkeys(choices, COMPUTE), **fit(choices, graphs).choices}
         yield now, choices, dict(anchors)
@@ -363,12 +381,15 @@ def needed(decision: Decision, rule: Schedule, step: int) -> int | None:
     """How many of the newest computed values a later step may still read, after ``step``; None where that depends on
     what the request measures, or on how long it is.
 
-    Of the values held now, each step that has to compute pushes one out before the next step that reuses. A step that
-    computes though it need not (a new branch, no graph for what it wants) only pushes out more.
+    Of the values held now, each step that has to compute pushes one out before the next step that reuses, unless a part
+    of it may stay (``Decision.needs``). A step that computes though it need not (a new branch, no graph for what it
+    wants) only pushes out more.
     """
     if decision.rule is not None or decision.gram or decision.predictor.window or rule.steps is None:
         return None
     most = decision.predictor.anchors
+    if decision.needs:
+        return 0 if all(map(rule, range(step + 1, rule.steps))) else most
     for pushed, later in enumerate(range(step + 1, rule.steps)):
         if pushed >= most:
             break

@@ -21,6 +21,7 @@ from ditopt.ir.correct import Correction
 from ditopt.ir.edit import Editor, prune, replace_functions
 from ditopt.ir.gram import inner_products
 from ditopt.ir.learned import Learned
+from ditopt.ir.live import decided_by
 from ditopt.ir.modules import find_modules, name_of
 from ditopt.ir.outline import clone_body
 from ditopt.ir.program import (
@@ -37,6 +38,7 @@ from ditopt.ir.program import (
     callee,
     formal,
     is_call,
+    owner,
 )
 from ditopt.ir.reuse import Reuse, Store, dense, dense_type, encode, encoded_types, guess, stored
 from ditopt.ir.select import Selection
@@ -113,7 +115,7 @@ class Caching:
             self.reuse.update(slot, found.node, found.when)
             asked = rule(slot.meta["formal"].ref, found)
         gram = inner_products(self.reuse, self._kept) if self.predictor.basis == "dmd" else ""
-        self._guard()
+        earlier = self._guard()
         self.reuse.finish(self.before.step.state_out)
         decision = Decision(
             self.name,
@@ -138,22 +140,29 @@ class Caching:
             out.replace(
                 params={**out.params, **(self.tables.params if self.tables else {})},
                 state=(*out.state, *self.reuse.types),
-                decisions=(*out.decisions, decision),
+                decisions=(*earlier, decision),
                 regions=tuple(regions),
             )
         )
         _measurable(made, self.o.signal)
         return made
 
-    def _guard(self) -> None:
-        """What earlier decisions leave for the next step stays as it was where this one skips what they are made of."""
+    def _guard(self) -> list[Decision]:
+        """What earlier decisions leave for the next step stays as it was where this one skips what they are made of;
+        these decisions, knowing it."""
         step = self.before.step
         held = {formal(p).ref: self.e[p] for p in step.placeholders if formal(p).kind == "state"}
         results = list(self.e.results)
+        guarded = set()
         for k, slot in enumerate(step.state_out, step.n_results):
             if "model" in self.regions and slot in held:
                 results[k] = self.e.op(select, results[k], held[slot], self.name)
+                guarded.add(owner(slot))
         self.e.set_results(results)
+        return [
+            dataclasses.replace(d, needs=(*d.needs, self.name)) if d.name in guarded else d
+            for d in self.before.decisions
+        ]
 
     # -- one value -------------------------------------------------------------------------------------------------
 
@@ -380,9 +389,10 @@ def _measurable(program: Program, signal: str) -> None:
     newest = program.decisions[-1].name
     new = dict(zip(program.step.state_out, program.step.results[program.step.n_results :], strict=True))
     for d in program.decisions:
-        behind = _decided_by(program, new[d.rule.signal]) if d.rule is not None and not d.rule.lag else ""
-        if not behind:
+        found = decided_by(program, new[d.rule.signal]) if d.rule is not None and not d.rule.lag else []
+        if not found:
             continue
+        behind = found[0]
         if d.name != newest:
             raise RecipeError(
                 f"the signal of {d.name} would be measured behind {behind}, another decision of the same step; cache "
@@ -393,19 +403,6 @@ def _measurable(program: Program, signal: str) -> None:
             f"signal={signal} would be measured behind {other}; "
             "begin that region behind this one, or decide it by a schedule of its own recipe"
         )
-
-
-def _decided_by(program: Program, node: fx.Node) -> str:
-    """The name of a decision that ``node`` of the entry depends on, also inside the blocks before it; "" for none."""
-    seen, todo = {node}, [node]
-    while todo:
-        n = todo.pop()
-        inside = program.functions[callee(n)].graph.nodes if is_call(n) else [n]
-        for select_ in (m for m in inside if m.target is select):
-            return str(select_.args[2])
-        todo += [a for a in n.all_input_nodes if a not in seen]
-        seen.update(n.all_input_nodes)
-    return ""
 
 
 def node_types(call: fx.Node) -> list[Any]:

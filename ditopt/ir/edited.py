@@ -9,7 +9,7 @@ that order, so that its number of tokens is fixed and the set is the request's.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ class Edited:
         taken = e.op(aten.slice.Tensor, self.order, 1, 0, count, at=at)
         return e.op(operator.getitem, e.op(aten.sort.default, taken, -1, at=at), 0, at=at)
 
-    def finish(self, output: fx.Node, met: Mapping[fx.Node, fx.Node]) -> None:
+    def finish(self, old: fx.Node, output: fx.Node, met: Sequence[tuple[fx.Node, fx.Node]]) -> None:
         """Order the tokens anew where all of them were computed."""
         work, e, o = self.work, self.work.e, self.o
         rows, tokens = work.set.rows, work.set.tokens

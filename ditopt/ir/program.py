@@ -101,6 +101,11 @@ class StateSlot:
     lifetime: Literal["request", "model", "step"] = "request"
 
 
+def owner(slot: str) -> str:
+    """The name of the decision that a state slot belongs to."""
+    return slot.partition(".")[0]
+
+
 @dataclass(frozen=True)
 class Memo:
     """Values that do not depend on the latent: computed by ``function`` when one of ``keys`` changes, else remembered.
@@ -268,6 +273,7 @@ class Decision:
     gram: str = ""
     guidance: Literal["", "calls", "batch"] = ""
     reads: tuple[int, ...] = ()
+    needs: tuple[str, ...] = ()
 
     @property
     def controls(self) -> dict[str, TensorType]:

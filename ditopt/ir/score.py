@@ -7,7 +7,7 @@ is followed to the output (ir/dims.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,12 +39,12 @@ class Scoring:
 
 
 def score(
-    e: Editor, short: Short, output: fx.Node, met: Mapping[fx.Node, fx.Node], o: Scoring, noise: int = 0
+    e: Editor, short: Short, output: fx.Node, met: Iterable[tuple[fx.Node, fx.Node]], o: Scoring, noise: int = 0
 ) -> fx.Node:
     """The score of each token of ``output``, float32 (rows, tokens), in nodes at the end of the graph. ``met``: where
-    paths joined, node -> what is read from there on. ``noise``: how many channels of the output count, 0 for all.
+    paths joined, a node and what is read from there on. ``noise``: how many channels of the output count, 0 for all.
     ``Mixes`` where the output does not show what each token makes."""
-    for node, chosen in met.items():
+    for node, chosen in met:
         place = short.place(node)
         if place is None:
             continue

@@ -21,6 +21,7 @@ from torch import fx
 from ditopt.ir.binding import Binding, bind
 from ditopt.ir.cost import is_attention
 from ditopt.ir.edit import Editor, prune, replace_functions
+from ditopt.ir.live import Value, alive, decided_by
 from ditopt.ir.outline import clone_body
 from ditopt.ir.program import (
     Decision,
@@ -37,6 +38,7 @@ from ditopt.ir.program import (
     callee,
     formal,
     is_call,
+    owner,
 )
 from ditopt.ir.reuse import Reuse, dense, dense_type
 from ditopt.ir.score import Scoring, score
@@ -51,8 +53,8 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class _Part:
     """A body on part of the tokens. ``takes``: formal -> (formal of the whole body, place, rank) that is gathered for
-    it; ``kept``: its formals of kept keys and values, in the order of the ``sites`` that the full body gives back;
-    ``places``: of its results."""
+    it; ``kept``: its formals of kept keys and values, in the order of the ``sites`` (nodes of the body without tokens)
+    that the full body gives back; ``places``: of its results."""
 
     name: str
     full: str
@@ -61,6 +63,7 @@ class _Part:
     kept: tuple[str, ...]
     values: tuple[Any, ...]
     places: tuple[Place | None, ...]
+    sites: tuple[fx.Node, ...]
 
 
 class Choosing:
@@ -92,10 +95,15 @@ class Choosing:
         self.reuse = Reuse(self.e, self.name, Predictor())
         self._parts: dict[Any, _Part] = {}
         self._full: dict[fx.Node, fx.Node] = {}  # results of calls that were made again
-        self._met: dict[fx.Node, fx.Node] = {}
+        self._met: dict[tuple[fx.Node, fx.Node | None], fx.Node] = {}
+        self._old = {self.e[n]: n for n in program.step.graph.nodes if n.op != "output"}
+        self._alive = {d.name: alive(program, d.name) for d in program.decisions}
+        self._homes, self._updates = _kept(program, self._alive)
+        self._late = _behind(self.span)
+        self._holding: set[str] = set()  # decisions that leave out what is kept here
+        self._patched: set[str] = set()  # those whose slots a partial step writes in part
         self.entry, self.stream = _entry(program, self.span)
-        start = self.entry
-        stream = self.stream
+        start, stream = self.entry, self.stream
         value = start.meta["val"]
         place = Place(stream.axes[0], stream.start, int(value.shape[stream.axes[0]]), 0 if stream.axes[0] else -1)
         rows = int(value.shape[0]) if place.batch == 0 else 1
@@ -107,7 +115,6 @@ class Choosing:
         for short in self.shorts:
             short.twins[node] = short.take(node, place, value.ndim), place
         self.short = self.shorts[0]  # where tokens are is the same in all
-        self._starts = {node}
 
     def program(self, schedule: Interval, later: Sequence[Interval] = ()) -> Program:
         """The rewritten Program; ``Mixes`` where tokens meet outside of attention. ``later``: the steps at which each
@@ -116,27 +123,45 @@ class Choosing:
             self._node(node)
         results = [self._whole(self._now(r)) for r in self.before.step.results]
         self.e.set_results(results)
-        self.chooser.finish(self._output(), self._met)
+        self.chooser.finish(*self._output(), [(node, chosen) for (node, _), chosen in self._met.items()])
         self.reuse.finish(self.before.step.state_out)
         together(self.e)
-        groups = tuple(self.reuse.groups)
-        decisions = [Decision(self.name, tuple(self.blocks), schedule, Predictor(), groups, "", rule=self.chooser.rule)]
+        decisions = [
+            dataclasses.replace(d, needs=(*d.needs, self.name)) if d.name in self._patched else d
+            for d in self.before.decisions
+        ]
+        needs = tuple(d.name for d in self.before.decisions if d.name in self._holding)
+        slots = tuple(self.reuse.groups)
+        rule = self.chooser.rule
+        decisions.append(
+            Decision(self.name, tuple(self.blocks), schedule, Predictor(), slots, "", rule=rule, needs=needs)
+        )
         first = tuple(f"{block}.{self.name}" for block in self.blocks)  # these are asked where it is the first's turn
         for name, steps in zip(self.names[1:], later, strict=True):
             decisions.append(Decision(name, first, steps, Predictor("none"), (), ""))
         step = self.e.function()
         body = {str(n.meta["region"]): callee(n) for n in step.graph.nodes if is_call(n)}
         out = replace_functions(self.before, {**self.functions, self.before.entry: step})
+        self._measurable(out)
         regions = []
         for r in out.regions:
             regions.append(dataclasses.replace(r, function=body[r.id]) if r.id in body else r)
             parts = [f"{r.id}.{name}" for name in self.names]
             regions += [Region(part, "part", r.id, r.stage, function=body[part]) for part in parts if part in body]
         return prune(
-            out.replace(
-                state=(*out.state, *self.reuse.types), decisions=(*out.decisions, *decisions), regions=tuple(regions)
-            )
+            out.replace(state=(*out.state, *self.reuse.types), decisions=tuple(decisions), regions=tuple(regions))
         )
+
+    def _measurable(self, program: Program) -> None:
+        """``Mixes`` where a step would have to know which tokens it computes before it measures."""
+        new = dict(zip(program.step.state_out, program.step.results[program.step.n_results :], strict=True))
+        for d in self.before.decisions:
+            rule = d.rule
+            if rule and not rule.lag and set(self.names).intersection(decided_by(program, new[rule.signal])):
+                raise Mixes(
+                    f"{d.name} decides by signal={rule.kind}, measured where a partial step has computed the chosen "
+                    "tokens only: decide it by a schedule, or by modulated, boundary, change or drift"
+                )
 
     # -- the entry -----------------------------------------------------------------------------------------------------
 
@@ -153,7 +178,7 @@ class Choosing:
                 return
         elif node.args and isinstance(node.args[0], fx.Node) and is_call(node.args[0]):
             return
-        else:
+        elif node not in self._updates:
             try:
                 for short in self.shorts:
                     visit(short, self.e[node])
@@ -164,27 +189,41 @@ class Choosing:
         for operand in node.all_input_nodes:
             old = self._now(operand)
             if old in self.short.twins:
-                self.e[node].replace_input_with(old, self._whole(old))
+                self.e[node].replace_input_with(old, self._whole(old, self._updates.get(node)))
 
-    def _whole(self, node: fx.Node) -> fx.Node:
-        """What reads ``node`` for all tokens reads, whichever path was taken."""
-        if node not in self.short.twins or node in self._starts:
+    def _whole(self, node: fx.Node, slot: fx.Node | None = None) -> fx.Node:
+        """What reads ``node`` for all tokens reads, whichever path was taken. ``slot``: of an earlier decision, which
+        holds what the node was."""
+        old = self._old.get(node)
+        if node not in self.short.twins or old not in self._late:
             return node
-        if node not in self._met:
-            self._met[node] = self._meet(node)
-        return self._met[node]
+        key = node, slot or self._homes.get(old)
+        if key not in self._met:
+            self._met[key] = self._meet(*key)
+        return self._met[key]
 
-    def _meet(self, node: fx.Node) -> fx.Node:
+    def _meet(self, node: fx.Node, held: fx.Node | None) -> fx.Node:
         twins, place = [s.twins[node][0] for s in self.shorts], self.short.twins[node][1]
         at = after(node, *twins)
-        value = dense(self.e, node, at)
+        value = node if held else dense(self.e, node, at)
         if place is None:
             return self.e.op(select, value, self.path([dense(self.e, t, at) for t in twins], at), self.name, at=at)
-        slot = self.reuse.slots(value.meta["val"])[0][0]
+        slot = self.e[held] if held else self.reuse.slots(value.meta["val"])[0][0]
         puts = [s.put(slot, t, place, at) for s, t in zip(self.shorts, twins, strict=True)]
         chosen = self.e.op(select, value, self.path(puts, at), self.name, at=at)
-        self.reuse.update(slot, chosen, "always")
+        if held:
+            self._patched.add(owner(formal(held).ref))
+        else:
+            self.reuse.update(slot, self.held(chosen, slot, (None, self._old[node])), "always")
         return chosen
+
+    def held(self, new: fx.Node, slot: fx.Node, value: Value) -> fx.Node:
+        """``new`` for ``slot``, which stays what it was where an earlier decision leaves out ``value`` (of the Program
+        before), of which it is made."""
+        for name in [d.name for d in self.before.decisions if value not in self._alive[d.name]]:
+            new = self.e.op(select, new, slot, name, at=after(new))
+            self._holding.add(name)
+        return new
 
     def path(self, values: Sequence[fx.Node], at: fx.Node) -> fx.Node:
         """Of one value for each count that of the count which the step takes."""
@@ -196,10 +235,13 @@ class Choosing:
     def _keep(self, node: fx.Node, place: Place) -> fx.Node:
         raise Mixes("attention lies outside of blocks")
 
-    def _output(self) -> fx.Node:
+    def _output(self) -> tuple[fx.Node, fx.Node]:
+        """The prediction: what computes it in the Program before, and what is read of it now."""
         for old, new in zip(self.before.step.results[: self.before.step.n_results], self.e.results, strict=False):
             if self.binding[old] & Binding.LATENT:
-                return new
+                while old.target is select:
+                    old = old.args[0]  # type: ignore[assignment]
+                return old, new
         raise Mixes("no output depends on the latent")
 
     def channels(self, output: fx.Node) -> int:
@@ -224,6 +266,7 @@ class Choosing:
         full = e.call(parts[0].full, call_args(old), [*node.meta["val"], *values], old.next, block)
         for user in list(old.users):
             self._full[user] = full[user.args[1]]  # type: ignore[index]
+            self._old[full[user.args[1]]] = self._old[user]  # type: ignore[index]
             user.replace_all_uses_with(full[user.args[1]])  # type: ignore[index]
         slots = {k: self.reuse.slots(v)[0][0] for k, v in zip(kept, values, strict=True)}
         made = [self._part(node, p, k, slots, full[-1].next) for k, p in enumerate(parts)]
@@ -231,13 +274,9 @@ class Choosing:
         for i, where in enumerate(places):
             for short, results in zip(self.shorts, made, strict=True):
                 short.twins[full[i]] = results[i], where
-        for i, ref in enumerate(kept, n):
-            new = self.path([results[i] for results in made], at)
-            chosen = e.op(select, full[i], new, self.name, at=at)
-            for d in self.before.decisions:  # where the block is left out, so are its keys and values
-                if block in d.regions or f"{block}.attn" in d.regions:
-                    chosen = e.op(select, chosen, slots[ref], d.name, at=at)
-            self.reuse.update(slots[ref], chosen, "always")
+        for i, (ref, site) in enumerate(zip(kept, parts[0].sites, strict=True), n):
+            chosen = e.op(select, full[i], self.path([results[i] for results in made], at), self.name, at=at)
+            self.reuse.update(slots[ref], self.held(chosen, slots[ref], (node, site)), "always")
         self.blocks.append(block)
 
     def _part(self, node: fx.Node, part: _Part, k: int, slots: Mapping[str, fx.Node], at: fx.Node) -> list[fx.Node]:
@@ -324,7 +363,7 @@ class Choosing:
         self.functions[full.name] = full
         self.attended[full.name] = attended
         values = tuple(r.meta["val"] for r in full.results[len(body.results) :])
-        return _Part(part.name, full.name, shorts, takes, tuple(kept), values, places)
+        return _Part(part.name, full.name, shorts, takes, tuple(kept), values, places, tuple(sites))
 
 
 _INDEX = "positions"
@@ -362,6 +401,38 @@ def stream_of(program: Program, block: str) -> Stream:
     return max(known, key=lambda s: s.tokens)
 
 
+def _kept(program: Program, alive: Mapping[str, set[Value]]) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]]:
+    """What the slots of earlier decisions hold: value -> the slot in which it is found after each step that computes
+    it; and each node that updates a slot on computed steps only -> that slot."""
+    slots = {formal(p).ref: p for p in program.step.placeholders if formal(p).kind == "state"}
+    homes: dict[fx.Node, fx.Node] = {}
+    updates: dict[fx.Node, fx.Node] = {}
+    for name, new in zip(program.step.state_out, program.step.results[program.step.n_results :], strict=True):
+        slot = slots.get(name)
+        if slot is None:
+            continue
+        value = new
+        if new.target is select and new.args[1] is slot:
+            updates[new] = slot
+            value = new.args[0]  # type: ignore[assignment]
+            if (None, value) in alive[str(new.args[2])]:
+                continue  # it is computed on other steps too
+        homes.setdefault(value, slot)
+    return homes, updates
+
+
+def _behind(span: Span) -> set[fx.Node]:
+    """What the blocks of ``span`` are read for; all else is computed for all tokens in any case."""
+    found: set[fx.Node] = set()
+    todo = list(span.calls)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.users
+    return found
+
+
 class Chooses(Protocol):
     """Who chooses: by what steps before left in state slots of its own. ``rule``: by which the host decides whether a
     step that its schedule leaves open is partial, None where all of them are."""
@@ -372,9 +443,12 @@ class Chooses(Protocol):
         """The positions of ``count`` tokens in each row, in their order, int64 (rows, count)."""
         ...
 
-    def finish(self, output: fx.Node, met: Mapping[fx.Node, fx.Node]) -> None:
-        """Give the slots their new content, once both paths stand. ``output``: the model's; ``met``: node of the whole
-        path -> what is read from there on, whichever path was taken."""
+    def finish(self, old: fx.Node, output: fx.Node, met: Sequence[tuple[fx.Node, fx.Node]]) -> None:
+        """Give the slots their new content, once both paths stand.
+
+        old: what computes the model's output in the Program before. output: what does now. met: nodes of the whole
+        path, each with what is read from there on, whichever path was taken.
+        """
         ...
 
 
@@ -417,14 +491,16 @@ class Chooser:
         order = e.op(aten.sort.default, ids, -1, **where)
         return _item(e, order, 0, where["at"])
 
-    def finish(self, output: fx.Node, met: Mapping[fx.Node, fx.Node]) -> None:
-        """Score this step's prediction, and count whom it left out."""
+    def finish(self, old: fx.Node, output: fx.Node, met: Sequence[tuple[fx.Node, fx.Node]]) -> None:
+        """Score this step's prediction, and count whom it left out. ``old``: what computes it in the Program before."""
         work, e = self.work, self.work.e
-        work.reuse.update(self.scores, score(e, work.short, output, met, self.scoring, work.channels(output)), "always")
+        scores = score(e, work.short, output, met, self.scoring, work.channels(output))
+        work.reuse.update(self.scores, work.held(scores, self.scores, (None, old)), "always")
         end, place = e.graph.output_node(), Place(1, 0, work.set.tokens, 0)
         grown = e.op(aten.add.Tensor, self.skips, 1.0)
         skips = work.path([s.put(grown, s.gather(self.skips, place, 2, end), place, end) for s in work.shorts], end)
-        work.reuse.update(self.skips, e.op(select, self.skips, skips, work.name), "always")
+        chosen = e.op(select, self.skips, skips, work.name)
+        work.reuse.update(self.skips, work.held(chosen, self.skips, (None, old)), "always")
 
 
 def _item(e: Editor, node: fx.Node, at: int, before: fx.Node) -> fx.Node:

@@ -153,6 +153,9 @@ class _Verifier:
         for region in d.regions:
             if region not in self.regions:
                 self.fail(where, f"its region {region!r} does not exist")
+        for name in d.needs:
+            if name not in self.decisions or name == d.name:
+                self.fail(where, f"it needs {name!r}, which is no other decision")
         for k, slots in enumerate(d.slots):
             self.group(where, f"slots[{k}]", slots, d.predictor)
         if d.gram:

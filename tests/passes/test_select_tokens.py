@@ -97,17 +97,20 @@ def test_skipped_blocks_keep_their_keys():
     assert {str(n.meta["region"]) for n in made.program.calls()} == {f"blocks.{k}.{tokens}" for k in (0, 2, 3)}
 
 
-def test_a_cache_of_blocks_says_what_goes_with_tokens():
-    last = captured("select_tokens, cache{region=blocks.1:-1}")[-1]
-    assert last.refused == ("blocks.0 runs on part of its tokens; only its model's output is cached: region=model",)
-
-
-def test_a_cache_before_is_a_sentence():
-    program = captured("cache{region=blocks}")[-1].program
-    from ditopt.passes.select_tokens import SelectTokens
-
-    out = SelectTokens().run(program, Context())
-    assert out.refused == ("cache0 keeps values of all tokens already: select tokens once, then cache",)
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("sd3", "cache{region=blocks.*.attn,mask=1010}"), ("flux", "cache{region=blocks.1:-1,mask=1010}")],
+)
+def test_text_and_image_under_a_cache(name, text):
+    """Streams side by side, or in one sequence: with all tokens chosen the cache is as without."""
+    model, call = REGISTRY[name].build()
+    made = []
+    for more in ("", ", select_tokens{ratio=1,first=1}"):
+        fast = ditopt.optimize(model, f"hoist_invariants, {text}{more}", target="eager", example_inputs=call)
+        assert all(h.applied for h in fast.history if h.asked)
+        made.append(request(name, fast, call, session=True))
+    assert all(map(torch.equal, *made))
+    assert fast.stats.hits == {"cache0": 2, "tokens1": 3}
 
 
 def test_a_half_of_a_doubled_batch_chooses_its_own_tokens():

@@ -10,7 +10,6 @@ import torch
 
 import ditopt
 from ditopt import zoo
-from ditopt.pipeline import PassManager
 from tests.roads.tiny import example, sample, sd3
 
 STEPS, SIZE = 8, 16  # 64 tokens of the latent
@@ -18,7 +17,7 @@ PARTS = [
     "hoist_invariants",
     "skip_blocks{region=blocks.1,since=0.5}",
     "select_tokens{ratio=0.5,first=2}",
-    "cache{region=model,first=4,predictor=lagrange,order=1,time=timestep}",
+    "cache{region=blocks.2:-0,first=4,predictor=lagrange,order=1,time=timestep}",
     "quantize",
     "fuse_quantization",
     "sparse_attention{block=16,density=0.5}",
@@ -102,12 +101,3 @@ def test_on_trained_models(name):
     assert all(applied[p.partition("{")[0]] for p in PARTS), applied
     assert all(model.stats.hits[d.name] for d in model.program.decisions)
     ditopt.restore(optimized)
-
-
-def test_caches_of_blocks_do_not_go_with_chosen_tokens():
-    from ditopt.passes.outline_blocks import OutlineBlocks
-
-    program = PassManager("outline_blocks").run(OutlineBlocks.example_applies())[-1].program
-    last = PassManager("select_tokens, cache{region=blocks}").run(program)[-1]
-    assert not last.applied
-    assert "runs on part of its tokens" in last.refused[0]

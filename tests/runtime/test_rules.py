@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -19,6 +20,7 @@ from ditopt.runtime.policy import (
     needed,
     schedule,
     table,
+    walk,
     wanted_sets,
 )
 from ditopt.runtime.rules import Course, asks, course_of, decide, shaped
@@ -132,6 +134,21 @@ def test_what_is_measured_or_of_unknown_length_says_nothing_of_later_readers():
     assert needed(window, schedule(window.schedule, 8), 0) is None
     assert needed(plain, schedule(plain.schedule, None), 0) is None
     assert needed(plain, schedule(plain.schedule, 8), 0) == 1
+
+
+def test_what_is_written_in_parts_is_kept_until_the_last_step_that_reads_it():
+    """And its first value is written whole: what would leave a part of it out computes at that step."""
+    cache = replace(decision("1110110111", name="cache"), needs=("tokens",))
+    tokens = replace(decision("1000000000", name="tokens"), needs=("cache",))
+    rule = schedule(cache.schedule, 10)
+    assert [needed(cache, rule, step) for step in range(10)] == [1] * 6 + [0] * 4
+    assert needed(replace(cache, needs=()), rule, 0) == 0
+    late = replace(cache, schedule=Interval(2, since=0.5))
+    rows = [(now.step, row) for now, row, _ in walk([late, tokens], 10)]
+    assert [s for s, row in rows if row["tokens"] == COMPUTE] == [0, 5]
+    assert [s for s, row in rows if row["cache"] == REUSE] == [6, 8]
+    alone = [row["tokens"] for _, row, _ in walk([replace(late, needs=()), tokens], 10)]
+    assert alone == [COMPUTE] + [REUSE] * 9
 
 
 def test_distinct_rows_are_those_that_a_request_takes():
