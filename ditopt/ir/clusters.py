@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ditopt.ir.edit import Editor
+from ditopt.ir.edit import Editor, moved
 
 aten = torch.ops.aten
 
@@ -21,7 +21,7 @@ def clusters(e: Editor, features: fx.Node, weight: fx.Node, count: int, iteratio
     at a fixed stride; a cluster without tokens keeps its centroid.
     """
     stride = int(features.meta["val"].shape[1]) // count
-    centroids = e.op(aten.slice.Tensor, features, 1, 0, stride * count, stride)
+    centroids = moved(e, aten.slice.Tensor, features, 1, 0, stride * count, stride)
     numbers = e.op(aten.arange.start, 0, count, dtype=torch.int64, device=features.meta["val"].device)
     mass = e.op(aten.unsqueeze.default, weight, -1)
 

@@ -23,7 +23,7 @@ from torch import fx
 from ditopt._torch import fake_mode_of, invoke_subgraph
 from ditopt.ir.program import Formal, Function, Memo, Program, TensorType, call_args, callee, formal, is_call
 
-__all__ = ["Editor", "drop_dead", "fake_of", "inline", "prune"]
+__all__ = ["Editor", "drop_dead", "fake_of", "inline", "moved", "prune"]
 
 
 class Editor:
@@ -126,6 +126,15 @@ class Editor:
         """The edited Function; the Editor must not be used after."""
         self.graph.lint()
         return Function(name or self._name, self.graph, self._state_out)
+
+
+def moved(e: Editor, target: Any, node: fx.Node, *args: Any, at: fx.Node | None = None, **named: Any) -> fx.Node:
+    """A slice, reshape, expand or conversion of ``node``, or ``node`` itself where that changes nothing."""
+    new = e.op(target, node, *args, at=at, **named)
+    if TensorType.of(new.meta["val"]) != TensorType.of(node.meta["val"]):
+        return new
+    e.graph.erase_node(new)
+    return node
 
 
 def fake_of(type: TensorType, like: Sequence[Any], device: torch.device | str = "cpu") -> Any:

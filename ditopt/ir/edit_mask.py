@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -21,8 +20,8 @@ from torch import fx
 from ditopt.errors import RecipeError
 from ditopt.ir.axes import follow, source
 from ditopt.ir.dims import Dims
-from ditopt.ir.edit import Editor
-from ditopt.ir.program import Program, Stream, TensorType, formal
+from ditopt.ir.edit import Editor, moved
+from ditopt.ir.program import Program, Stream, formal
 from ditopt.ir.short import Mixes
 
 aten = torch.ops.aten
@@ -122,15 +121,6 @@ def _along(program: Program, node: fx.Node, stream: Stream, entry: fx.Node | Non
     known = follow(program, program.step, {node: source([int(n) for n in node.meta["val"].shape])})
     dims: Dims = known.get(entry, ())
     return list(dict.fromkeys(i for atom in dims[stream.axes[0]].atoms for i in sorted(atom.axes))) if dims else []
-
-
-def moved(e: Editor, target: Any, node: fx.Node, *args: Any, at: fx.Node | None = None, **named: Any) -> fx.Node:
-    """A slice, reshape, expand or conversion of ``node``, or ``node`` itself where that changes nothing."""
-    new = e.op(target, node, *args, at=at, **named)
-    if TensorType.of(new.meta["val"]) != TensorType.of(node.meta["val"]):
-        return new
-    e.graph.erase_node(new)
-    return node
 
 
 def classes(e: Editor, mask: Mask, stream: Stream, rows: int, margin: int, at: fx.Node) -> fx.Node:

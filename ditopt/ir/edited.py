@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from ditopt.ir.clusters import clusters, item, ranking
-from ditopt.ir.edit_mask import CONTEXT, GENERATION, classes, find_mask, moved
+from ditopt.ir.edit import moved
+from ditopt.ir.edit_mask import CONTEXT, GENERATION, classes, find_mask
 from ditopt.ir.outline import clone_body
 from ditopt.ir.program import Formal, Rule, call_args, callee, is_call
 from ditopt.ir.short import Mixes
@@ -61,7 +62,7 @@ class Edited:
     def index(self, count: int) -> fx.Node:
         """The first ``count`` tokens of the order that the last full step left."""
         e, at = self.work.e, self.first
-        taken = e.op(aten.slice.Tensor, self.order, 1, 0, count, at=at)
+        taken = moved(e, aten.slice.Tensor, self.order, 1, 0, count, at=at)
         return e.op(operator.getitem, e.op(aten.sort.default, taken, -1, at=at), 0, at=at)
 
     def finish(self, old: fx.Node, output: fx.Node, met: Sequence[tuple[fx.Node, fx.Node]]) -> None:

@@ -6,6 +6,7 @@ import ditopt
 from ditopt.errors import DitoptWarning, RecipeError, SessionError
 from ditopt.pipeline import Context, PassManager
 from ditopt.recipe import Recipe, available
+from tests.denoisers import REGISTRY
 from tests.tiny_models import ZOO, captured
 
 
@@ -161,6 +162,14 @@ def test_the_signal_is_measured_on_the_stream_of_the_latent(text, model, tokens)
     """Of 6 text tokens and 16 or 9 of the latent, although behind joint attention both depend on the latent."""
     slots = {s.name: s.type.shape for s in run(text, model=model).state}
     assert {shape[1] for name, shape in slots.items() if ".seen" in name or ".watch" in name} == tokens
+
+
+def test_the_first_block_is_that_of_the_main_chain():
+    """Refiners of the text are called before it."""
+    built, call = REGISTRY["hunyuan_video"].build()
+    recipe = "outline_blocks, cache{region=model,signal=modulated}"
+    fast = ditopt.optimize(built, recipe, target="eager", example_inputs=call)
+    assert next(s.type.shape[1] for s in fast.program.state if s.name == "cache0.seen") == 160
 
 
 FITTED = "cache{region=model,mask=1101,predictor=newton,order=1,fitted='1.5 -0.5'}"
