@@ -172,8 +172,14 @@ def _schedule_text(d: Decision) -> str:
         return f"where the mask is 1: {i.mask}"
     parts = ["the first step" if i.first < 2 else f"the first {i.first} steps"]
     parts += [f"then one step in {i.every}"] if i.every else []
+    parts += [f"steps {', '.join(i.resets.split())}"] if i.resets else []
     parts += ["the last step" if i.last == 1 else f"the last {i.last} steps"] if i.last else []
-    return ", ".join(parts)
+    text = ", ".join(parts)
+    if i.since > 0 or i.until < 1:
+        text += f"; so from {i.since:.0%} to {i.until:.0%} of the request, outside of which every step {i.outside}s"
+    if i.timed:
+        text += f"; so while the model's time is between {i.low:g} and {i.high:g}, else at every step"
+    return text
 
 
 def _rule_text(rule: Rule) -> list[str]:

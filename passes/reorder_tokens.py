@@ -13,7 +13,7 @@ from ditopt.errors import RecipeError
 from ditopt.ir import example
 from ditopt.ir.program import Program
 from ditopt.ir.reordering import Refused, Reorder
-from ditopt.ir.sparse import divides, read_grid, reordered, show_grid, tile_of
+from ditopt.ir.sparse import divides, misfit, read_grid, reordered, show_grid, tile_of
 from ditopt.pipeline import Context, Outcome, Pass
 
 
@@ -64,6 +64,8 @@ class ReorderTokens(Pass):
         given = read_grid(self.grid)
         told = given if given and _size(given) == stream.tokens else ()
         grid = told if told and (stream.raster or not stream.grid) else stream.grid
+        if given and given != grid:
+            return no(misfit(given, {grid or (stream.tokens,)}))
         if not grid:
             return no(
                 f"no grid was found for the {stream.tokens} tokens; where the graph does not show it, give "

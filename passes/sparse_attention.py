@@ -18,7 +18,7 @@ from ditopt.errors import RecipeError
 from ditopt.ir import example
 from ditopt.ir.program import Program
 from ditopt.ir.select import select_regions
-from ditopt.ir.sparse import Draft, Grid, Selector, SlidingTile, SparseAttn, Window, read_grid
+from ditopt.ir.sparse import Draft, Grid, Selector, SlidingTile, SparseAttn, Window, misfit, read_grid
 from ditopt.ir.sparsify import Sparsify
 from ditopt.pipeline import Context, Outcome, Pass
 
@@ -139,6 +139,8 @@ class SparseAttention(Pass):
         work = Sparsify(program, self.attn, self.auto, read_grid(self.grid), self.name, kinds.pop())
         whole = any(s.kind == "model" for s in selections)
         applied = work.apply(None if whole else {b.id for s in selections for b in s.blocks})
+        if (told := read_grid(self.grid)) and work.grids and told not in work.grids:
+            return Outcome(program, 0, (misfit(told, work.grids),))
         nothing = ("nothing attends in the blocks that were selected",)
         refused = tuple(work.refused) or (() if applied else nothing)
         return Outcome(work.program, applied, refused, tuple(work.notes))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ditopt.artifact import Manifest, Plan, read_manifest
 from ditopt.errors import ArtifactError, BadInput
-from ditopt.runtime.account import Stats
+from ditopt.runtime.account import Row, Stats
 from ditopt.runtime.arguments import Arguments
 from ditopt.runtime.ort import ort_executables
 from ditopt.runtime.session import Session
@@ -46,13 +46,13 @@ class LoadedModel:
     Arguments are tensors (or NumPy arrays; Python numbers where the input is a scalar) by the parameter names of the
     model, or by position; nested dicts, lists and tuples as the model takes them. ``manifest.extra`` may carry
     ``signature`` (the parameter names of the model's forward, for positional arguments; else the order of the inputs)
-    and ``constants`` (see Arguments).
+    and ``constants`` (see Arguments). ``requests`` is the Session that runs them.
     """
 
     def __init__(self, plan: Plan, where: str = "artifact", session: Session | None = None) -> None:
         self.plan = plan
         self.manifest = plan.manifest
-        self.session = Session() if session is None else session
+        self.requests = Session() if session is None else session
         self._where = where
         self._arguments = Arguments(self.manifest, where)
 
@@ -70,27 +70,38 @@ class LoadedModel:
             raise BadInput(f"{', '.join(sorted(twice))} given by position and by name")
         named |= kwargs
         plain = self._wants_tuple(named.pop("return_dict", None))
-        outputs = self.session.call(self.plan, self._arguments.tensors(named))
+        outputs = self.requests.call(self.plan, self._arguments.tensors(named))
         if self.manifest.structure == "single":
             return outputs[0]
         if plain or isinstance(self.manifest.structure, str):
             return tuple(outputs)
         return Output(zip(self.manifest.structure, outputs, strict=True))
 
-    def open(
+    # the names of OptimizedModule, so that a sampling loop need not know which of the two it was given
+
+    def session(
         self, steps: int | None = None, timesteps: Sequence[float] | Tensor | None = None
     ) -> AbstractContextManager[Session]:
-        """The calls inside ``with model.open(steps=30):`` are one request; see Session.open."""
-        return self.session.open(steps=steps, timesteps=timesteps)
+        """The calls inside ``with model.session(steps=30):`` are one request; see Session.open."""
+        return self.requests.open(steps=steps, timesteps=timesteps)
+
+    def cache_context(self, name: str) -> AbstractContextManager[None]:
+        """Calls inside belong to the guidance branch ``name``."""
+        return self.requests.context(name)
 
     def reset(self) -> None:
         """Forget the running request; the next call begins one."""
-        self.session.reset()
+        self.requests.reset()
 
     @property
     def stats(self) -> Stats:
-        """What the session did so far: calls, reuses, executed FLOPs."""
-        return self.session.stats
+        """Calls, reuses and executed FLOPs so far."""
+        return self.requests.stats
+
+    @property
+    def schedule_rows(self) -> list[Row]:
+        """What ran in the running, else in the last request."""
+        return self.requests.schedule_rows
 
     def _wants_tuple(self, return_dict: Any) -> bool:
         if return_dict and isinstance(self.manifest.structure, str):

@@ -129,7 +129,7 @@ def test_what_leaves_the_process_gives_no_wrong_result(model, road, tmp_path):
         write(fast, path)
     loaded = ditopt.load(path, target="eager")
     for lengths, valid in (((4, 3), True), ((3, 4), True), ((5, 3), False)):
-        with loaded.open(steps=2):
+        with loaded.session(steps=2):
             for t in (400.0, 300.0):
                 got = loaded(**inputs(*lengths) | {"t": torch.full((2,), t)})
                 assert got.isnan().all() == (not valid)

@@ -227,6 +227,7 @@ class Caching:
             computed,
             [self._kept[i] for i in self._own] or self._kept,
             self.o.watch,
+            len(self.before.blocks()),
         )
 
     def _output_value(self, output: fx.Node) -> fx.Node:

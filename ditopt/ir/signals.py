@@ -31,7 +31,7 @@ class Site:
     ``base``: the latent stream that enters the region; ``start``: the same stream before the first block;
     ``modulated``: makes what the first block's first layer reads; ``latent``, ``output``: the model's, ``output`` as
     computed; ``kept``: of each value of the latent's stream that the cache keeps, what was computed and its slots;
-    ``predictor``: of ``forecast``.
+    ``predictor``: of ``forecast``; ``blocks``: how many the model has.
     """
 
     e: Editor
@@ -43,6 +43,7 @@ class Site:
     output: fx.Node | None
     kept: Sequence[tuple[fx.Node, Sequence[Sequence[fx.Node]]]]
     predictor: Predictor
+    blocks: int
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,10 @@ def _needed(node: fx.Node | None, what: str) -> fx.Node:
 def residual(s: Site) -> Signal:
     """First-block caching: how far what the blocks in front of the region add is from what they added when all was
     computed last."""
-    front = "signal=residual needs a block in front of the region: start it at blocks.1 or later"
+    front = (
+        "signal=residual needs a block in front of the region: start it at blocks.1 or later (it starts at the first "
+        f"of {s.blocks})"
+    )
     base, start = _needed(s.base, front), _needed(s.start, front)
     now = s.e.op(aten.sub.Tensor, base, start)
     seen = s.reuse.slot("seen", now.meta["val"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,6 +104,17 @@ def read_grid(text: str) -> Grid:
 def show_grid(grid: Sequence[int]) -> str:
     """(8, 8) as ``8x8``."""
     return "x".join(map(str, grid))
+
+
+def misfit(told: Grid, found: Collection[Grid]) -> str:
+    """Why tokens that lie on ``found`` (one size where only their number is known) are not those of a grid ``told``."""
+    there = " or ".join(
+        f"{math.prod(grid)} tokens" + (f", {show_grid(grid)}" if len(grid) > 1 else "") for grid in sorted(found)
+    )
+    return (
+        f"grid={show_grid(told)} is of {math.prod(told)} tokens, and there are {there}; leave grid out where the graph "
+        "shows it"
+    )
 
 
 @functools.cache

@@ -71,12 +71,14 @@ def _span(ids: Sequence[str]) -> str:
 
 class Sparsify:
     """Works on ``program``; ``auto``: the grid chooses the tile; ``grid``: of tokens whose grid the graph does not
-    show; ``kind``: of the attention that is rewritten ("": any). ``refused`` and ``notes`` are for the Outcome."""
+    show; ``kind``: of the attention that is rewritten ("": any). ``refused`` and ``notes`` are for the Outcome;
+    ``grids`` are those on which tokens of the latent were found to lie."""
 
     def __init__(self, program: Program, attn: SparseAttn, auto: bool, grid: Grid, origin: str, kind: str = "") -> None:
         self.program = program
         self.refused: list[str] = []
         self.notes: list[str] = []
+        self.grids: set[Grid] = set()
         self._attn, self._auto, self._grid, self._origin = attn, auto, grid, origin
         self._kind = kind
         self._params: dict[str, Tensor] = {}
@@ -217,6 +219,7 @@ class Sparsify:
             return _Side(Placed(rows, 0, rows, ()), (), None)
         if (not at.grid or at.raster) and math.prod(self._grid) == at.length:
             at = dataclasses.replace(at, grid=self._grid, raster=None)
+        self.grids.add(at.grid or (at.length,))
         if not at.grid and (not isinstance(source, Draft) or self._attn.tile):
             raise _Dense(
                 f"no grid was found for the {at.length} tokens of its {what}; where the graph does not show it, give "

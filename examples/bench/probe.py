@@ -254,7 +254,7 @@ def onnx(fast: OptimizedModule, request: Request) -> None:
         path = Path(folder, "dit.onnx")
         manifest = ditopt.export_onnx(fast, path)
         loaded = ditopt.load(path)
-        with torch.no_grad(), loaded.open(steps=STEPS):
+        with torch.no_grad(), loaded.session(steps=STEPS):
             got = [_leaves(loaded(**call)) for call in request.calls]
         idle = {g.name for g in manifest.graphs} - set(loaded.stats.graphs)
     if idle:

@@ -151,7 +151,7 @@ def test_onnx_is_eager(name, tmp_path):
     )
     manifest = ditopt.export_onnx(fast, tmp_path / "dit.onnx")
     loaded = ditopt.load(tmp_path / "dit.onnx")
-    with fast.session(steps=4), loaded.open(steps=4):
+    with fast.session(steps=4), loaded.session(steps=4):
         for step in range(4):
             call = ZOO[name].call(step, step)
             got, want = tensors(run(loaded, call)), tensors(run(fast, call))

@@ -130,6 +130,21 @@ def test_a_grid_has_to_be_found_or_given():
     assert "no grid was found" in PassManager("reorder_tokens{block=16}").run(program)[-1].refused[0]
 
 
+@pytest.mark.parametrize(
+    "text", ["sparse_attention{block=16,pattern=tile,grid=10x10}", "reorder_tokens{block=16,grid=10x10}"]
+)
+@pytest.mark.parametrize(
+    ("kind", "there"), [("joint and rotated", "there are 256 tokens;"), ("self and cross", "256 tokens, 16x16;")]
+)
+def test_a_grid_that_is_not_that_of_the_tokens_is_a_sentence(text, kind, there):
+    """Also where the graph shows another one: what a user says is never left out in silence."""
+    program, _ = captured(kind)
+    result = PassManager(text).run(program)[-1]
+    assert result.applied == 0
+    assert "grid=10x10 is of 100 tokens" in result.refused[0]
+    assert there in result.refused[0]
+
+
 def test_text_keys_of_cross_attention_may_be_drafted():
     program, inputs = captured("self and cross")
     result = PassManager("sparse_attention{block=16,pattern=draft,density=0.4,cross=sparse}").run(program)[-1]

@@ -20,7 +20,7 @@ def run(text, steps=16, model="plain"):
     [
         ("dbcache{F=3,B=1}", r"'blocks\.3:-1' matches nothing; the model has 4 blocks"),
         ("dbcache{F=4}", r"'blocks\.4:-0' matches nothing; the model has 4 blocks"),
-        ("dbcache{F=0}", "needs a block in front of the region: start it at blocks.1"),
+        ("dbcache{F=0}", r"in front of the region: start it at blocks\.1 .* first of 4"),
         ("dbcache{F=most}", r"'blocks\.most:-0' is not a selector"),
         ("dbprune{F=2,B=2}", r"'blocks\.2:-2' matches nothing; the model has 4 blocks"),
         ("dbcache{mask=1101}", "mask has 4 steps, the request has 16"),

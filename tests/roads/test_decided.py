@@ -129,7 +129,7 @@ def test_files_for_onnxruntime(name, eager, folder):
     path = folder / f"{name}.onnx"
     manifest = ditopt.export_onnx(small(), path, recipe(name, folder), example_inputs=example(), steps=STEPS)
     loaded = ditopt.load(path)
-    same(Ran(loaded, loaded.session, loaded.stats), eager(name)[1])
+    same(Ran(loaded, loaded.requests, loaded.stats), eager(name)[1])
     assert ("schedule" in manifest.extra) == (name in STATIC)
     # the driver without ditopt follows written schedules, and says so where there is none
     given = {k: v.numpy() for k, v in prompt(0).items()}
@@ -158,7 +158,7 @@ def test_onnxruntime_as_a_target(eager, folder):
 @pytest.mark.parametrize("name", NAMES)
 def test_saved_folders(name, eager, folder):
     loaded = ditopt.load(ditopt.save(eager(name)[0], folder / f"{name}.ditopt"), target="eager")
-    ran = Ran(loaded, loaded.session, loaded.stats)
+    ran = Ran(loaded, loaded.requests, loaded.stats)
     assert all(torch.equal(a, b) for a, b in zip(ran.out, eager(name)[1].out, strict=True))
     assert ran.graphs == eager(name)[1].graphs
     assert loaded.plan.manifest.decisions == eager(name)[0].compiled.plan.manifest.decisions
@@ -171,7 +171,7 @@ def test_a_saved_folder_makes_graphs_on_demand(folder):
     fast = ditopt.optimize(small(depth=5), each, target="eager", steps=STEPS)
     want = Ran(fast, fast.engine.session, fast.stats)
     loaded = ditopt.load(ditopt.save(fast, folder / "each.ditopt"), target="eager")
-    got = Ran(loaded, loaded.session, loaded.stats)
+    got = Ran(loaded, loaded.requests, loaded.stats)
     assert got.graphs == want.graphs
     assert len({g for graphs in want.graphs for g in graphs}) > 3
     assert torch.equal(got.out[1], want.out[1])

@@ -43,7 +43,7 @@ def test_files_for_onnxruntime(name, tmp_path):
     path = tmp_path / "flux.onnx"
     ditopt.export_onnx(model(), path, TWO[name].recipe, example_inputs=given(start(0), 3.0, 0), steps=STEPS)
     loaded = ditopt.load(path)
-    agrees(name, loaded, loaded.session)
+    agrees(name, loaded, loaded.requests)
 
 
 @pytest.mark.parametrize("name", [n for n in TWO if n not in ("dbprune", "tdc")])
@@ -51,7 +51,7 @@ def test_saved_folders(name, tmp_path):
     fast = optimized(name)
     request(drive(fast), stop=1)
     loaded = ditopt.load(ditopt.save(fast, tmp_path / "flux.ditopt"), target="eager")
-    agrees(name, loaded, loaded.session)
+    agrees(name, loaded, loaded.requests)
 
 
 @pytest.mark.parametrize("name", ["dbprune", "tdc"])
@@ -60,8 +60,8 @@ def test_saved_folders_of_blocks_that_decide_for_themselves(name, tmp_path):
     fast = optimized(name)
     request(drive(fast), stop=1)
     loaded = ditopt.load(ditopt.save(fast, tmp_path / "flux.ditopt"), target="eager")
-    agrees(name, loaded, loaded.session)
-    assert len({row.graph for row in loaded.session.schedule_rows}) > 3
+    agrees(name, loaded, loaded.requests)
+    assert len({row.graph for row in loaded.schedule_rows}) > 3
 
 
 def test_inductor():
@@ -88,6 +88,6 @@ def test_onnxruntime_with_guidance_by_two_calls(tmp_path):
         recipe = TWO["firstblock"].recipe
         ditopt.export_onnx(model(), path, recipe, example_inputs=given(start(0), 3.0, 0), steps=STEPS)
         loaded = ditopt.load(path)
-        agrees("firstblock", loaded, loaded.session)
-        rows = loaded.session.schedule_rows
+        agrees("firstblock", loaded, loaded.requests)
+        rows = loaded.schedule_rows
         assert [r.graph for r in rows if r.branch == 0] != [r.graph for r in rows if r.branch == 1]

@@ -61,18 +61,34 @@ def test_a_request_equals_the_torch_session(loaded, toy):
     with session.open(steps=STEPS):
         want, _ = sample(lambda x, t: session.call(plan, [x, t, labels])[0])
     for _ in range(2):  # the second request equals the first
-        with loaded.open(steps=STEPS):
+        with loaded.session(steps=STEPS):
             got, _ = sample(lambda x, t: loaded(x={"hidden": x}, time=t, labels=labels).sample)
         assert_close(got, want, atol=1e-5, rtol=1e-5)
     assert loaded.stats.graphs == {"full": 2 * 4, "reuse": 2 * 4}
+    assert "".join(row.graph[0] for row in loaded.schedule_rows) == "ffrrfrrf"
     assert "".join(s["graph"][0] for s in toy.schedule) == "ffrrfrrf"
     plain, _ = sample(lambda x, t: model(toy.values, x, t, labels))
     assert (got - plain).abs().max() > 1e-3  # reuse steps really predict
 
 
+def test_a_loop_written_for_an_optimized_model_runs_a_loaded_one(loaded):
+    """Whatever a sampling loop needs of an OptimizedModule, a LoadedModel has by the same name and with the same
+    arguments."""
+    import inspect
+
+    from ditopt.optimized import OptimizedModule
+
+    for name in ("session", "cache_context", "reset"):
+        mine, other = (list(inspect.signature(getattr(c, name)).parameters) for c in (type(loaded), OptimizedModule))
+        assert mine == [p for p in other if p != "where"]
+    with loaded.session(steps=STEPS), loaded.cache_context("cond"):
+        sample(lambda x, t: loaded(x={"hidden": x}, time=t, labels=inputs()["labels"]).sample)
+    assert loaded.stats.calls == len(loaded.schedule_rows) == STEPS
+
+
 def test_the_numpy_driver_equals_the_session(loaded, folder):
     labels = inputs()["labels"]
-    with loaded.open(steps=STEPS):
+    with loaded.session(steps=STEPS):
         want, sigmas = sample(lambda x, t: loaded(x={"hidden": x}, time=t, labels=labels).sample)
     got = run(folder / "dit.json", 0, sigmas, {"labels": labels.numpy()})
     assert_close(torch.from_numpy(got), want, atol=1e-5, rtol=1e-5)
