@@ -1,6 +1,7 @@
 """What explain says of a schedule: every part of it that changes when steps compute."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,8 @@ def test_a_schedule_in_words(schedule, text):
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Interval)])
 def test_no_field_of_a_schedule_is_left_out(field):
     plain = Interval(3, since=0.1, low=1.0, high=2.0)
-    other = {"mask": "101", "resets": "7", "outside": "reuse"}.get(field, 0.5 if field in ("since", "until") else 5)
+    other: Any = {"mask": "101", "resets": "7", "outside": "reuse"}.get(
+        field, 0.5 if field in ("since", "until") else 5
+    )
     other = 1.5 if field in ("low", "high") else other
     assert said(dataclasses.replace(plain, **{field: other})) != said(plain)

@@ -11,19 +11,19 @@ from ditopt.errors import RecipeError
 from ditopt.explanation import decision_text
 from ditopt.pipeline import Context, PassManager
 from ditopt.recipe import Recipe
-from tests.roads.tiny import example, sample, small
+from tests.recipes.test_hetcache import STEPS, example, model, run
 from tests.tiny_models import captured
 
-STEPS, LIMIT = 14, 0.2
-TOKENS = "canonicalize, outline_blocks, select_tokens{ratio=0.5,first=1,last=1}, "
+LIMIT = 0.2
+TOKENS = "canonicalize, outline_blocks, edit_tokens{mask=x:0,margin=0,ratio=0.5,first=1,last=1}, "
 SUM = f"cache{{region=model,first=1,last=1,signal=modulated,test=sum,threshold={LIMIT},partial=1.5"
 
 
 @pytest.mark.parametrize("restart", ["full", "any"])
 def test_the_sum_decides_how_a_step_runs(restart):
-    fast = ditopt.optimize(small(), f"{TOKENS}{SUM},restart={restart}}}", target="eager", example_inputs=example())
-    with fast.session(steps=STEPS):
-        sample(fast, 0, STEPS)
+    recipe = f"{TOKENS.replace('x:0', 'hidden_states:4').replace('0.5', '0.9')}{SUM},restart={restart}}}"
+    fast = ditopt.optimize(model(), recipe, target="eager", example_inputs=example())
+    run(fast)
     session = fast.engine.session
     assert session.measured["tokens0"] == session.measured["cache1"], "one number decides"
     assert len(session.measured["cache1"]) == STEPS - 2
@@ -69,5 +69,5 @@ def test_without_a_choice_of_tokens():
     last = passed(f"{SUM}}}")
     assert last.applied == 0
     assert [re.sub(r" +", " ", s) for s in last.refused] == [
-        "partial=1.5 needs a pass before it that runs blocks on part of their tokens"
+        "partial=1.5 needs edit_tokens in the recipe: blocks that run on part of their tokens"
     ]
