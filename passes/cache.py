@@ -53,9 +53,9 @@ class Cache(Pass):
     ``threshold`` (its limit), ``coefficients`` and ``domain`` (numbers, highest degree first; lowest and highest),
     ``book`` (as in "0.03:12 0.05:10 inf:3": below 0.03 the next step that computes is the twelfth from here),
     ``longest``, ``most``, ``budget``; ``watch``: order of the Taylor series that signal=forecast checks.
-    ``partial``: behind edit_tokens, which runs blocks on part of their tokens, and with test=sum: below ``partial`` times
-    the threshold a step that is not reused computes that part, beyond it all (ir/widening.py); 0 leaves that to the
-    earlier pass. ``restart``: the steps that set the sum to 0: "full" ones, or "any" that compute.
+    ``partial``: behind edit_tokens, which runs blocks on part of their tokens, and with test=sum: below ``partial``
+    times the threshold a step that is not reused computes that part, beyond it all (ir/widening.py); 0 leaves that to
+    the earlier pass. ``restart``: the steps that set the sum to 0: "full" ones, or "any" that compute.
     """
 
     region: str = "blocks.1:-1"
@@ -223,7 +223,7 @@ class Cache(Pass):
             return Outcome(
                 program,
                 0,
-                (f"partial={self.partial:g} needs edit_tokens in the recipe: blocks that run on part of their tokens",),
+                (f"partial={self.partial:g} needs edit_tokens in the recipe: a part of the tokens to run on",),
             )
         decided = [d for d in program.decisions if d.slots and not self._apart(d)]
         taken = {r for d in decided for r in d.regions if r not in parts}

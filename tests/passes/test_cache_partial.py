@@ -69,5 +69,5 @@ def test_without_a_choice_of_tokens():
     last = passed(f"{SUM}}}")
     assert last.applied == 0
     assert [re.sub(r" +", " ", s) for s in last.refused] == [
-        "partial=1.5 needs edit_tokens in the recipe: blocks that run on part of their tokens"
+        "partial=1.5 needs edit_tokens in the recipe: a part of the tokens to run on"
     ]
