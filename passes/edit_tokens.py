@@ -24,7 +24,7 @@ from ditopt.ir.edited import Edited, Editing
 from ditopt.ir.program import Interval, Program
 from ditopt.ir.select import select_regions
 from ditopt.ir.short import Mixes
-from ditopt.ir.tokens import Choosing
+from ditopt.ir.tokens import Choosing, part
 from ditopt.pipeline import Context, Outcome, Pass
 
 
@@ -78,11 +78,6 @@ class EditTokens(Pass):
     def neutral(cls) -> EditTokens:
         return cls(ratio=1.0)
 
-    def count(self, tokens: int) -> int:
-        """How many of ``tokens`` a partial step computes."""
-        least = min(self.multiple, tokens)
-        return tokens if self.ratio == 1 else max(int(tokens * self.ratio) // self.multiple * self.multiple, least)
-
     def run(self, program: Program, context: Context) -> Outcome:
         before = [d.name for d in program.decisions if d.slots]
         if before:
@@ -100,7 +95,8 @@ class EditTokens(Pass):
         editing = Editing(self.mask, self.margin, self.context, self.clusters, self.iterations, self.ema)
         try:
             ids = {b.id for s in selections for b in s.blocks}
-            work = Choosing(program, ids, [self.count], functools.partial(Edited, editing), "edit_tokens")
+            count = functools.partial(part, ratio=self.ratio, multiple=self.multiple)
+            work = Choosing(program, ids, [count], functools.partial(Edited, editing), "edit_tokens")
             made = work.program(Interval(self.every, self.first, self.last))
         except Mixes as reason:
             return Outcome(program, 0, (str(reason),))

@@ -31,7 +31,7 @@ from ditopt.ir.program import Interval, Program
 from ditopt.ir.score import Metric, Scoring, Share
 from ditopt.ir.select import select_regions
 from ditopt.ir.short import Mixes
-from ditopt.ir.tokens import Chooser, Choosing
+from ditopt.ir.tokens import Chooser, Choosing, part
 from ditopt.pipeline import Context, Outcome, Pass
 
 
@@ -95,11 +95,6 @@ class SelectTokens(Pass):
         """The steps that compute all tokens."""
         return Interval(self.every, self.first, self.last, self.mask, resets=self.resets)
 
-    def count(self, tokens: int, ratio: float) -> int:
-        """How many of ``tokens`` a partial step computes by this ``ratio``."""
-        least = min(self.multiple, tokens)
-        return tokens if ratio == 1 else max(int(tokens * ratio) // self.multiple * self.multiple, least)
-
     def _later(self) -> list[tuple[float, float]]:
         """Each further share of tokens, and the share of the request from which on it holds."""
         found = re.findall(r"(\d*\.?\d+)@(\d+(?:\.\d+)?)%", self.then)
@@ -131,7 +126,7 @@ class SelectTokens(Pass):
         try:
             scoring = Scoring(self.metric, self.starvation, self.high, self.share)
             ratios = [self.ratio, *(share for share, _ in self._later())]
-            counts = [functools.partial(self.count, ratio=ratio) for ratio in ratios]
+            counts = [functools.partial(part, ratio=ratio, multiple=self.multiple) for ratio in ratios]
             work = Choosing(program, {b.id for b in blocks}, counts, functools.partial(Chooser, scoring))
             later = [Interval(0, 0, since=since) for _, since in self._later()]
             return Outcome(work.program(self.schedule, later), len(work.blocks))

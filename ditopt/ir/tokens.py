@@ -50,6 +50,19 @@ from ditopt.ops import select
 aten = torch.ops.aten
 
 
+def part(tokens: int, ratio: float, multiple: int) -> int:
+    """How many of ``tokens`` a partial step computes: the share ``ratio``, rounded down to a ``multiple``, at least one.
+    ``Mixes`` where a share below 1 comes to all of them."""
+    if ratio == 1:
+        return tokens
+    count = max(int(tokens * ratio) // multiple * multiple, multiple)
+    if count >= tokens:
+        raise Mixes(
+            f"multiple={multiple}: of {tokens} tokens a partial step would compute all; give a multiple below {tokens}"
+        )
+    return count
+
+
 @dataclass(frozen=True)
 class _Part:
     """A body on part of the tokens. ``takes``: formal -> (formal of the whole body, place, rank) that is gathered for

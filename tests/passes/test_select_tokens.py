@@ -13,6 +13,8 @@ import torch
 
 import ditopt
 from ditopt.ir import example
+from ditopt.ir.short import Mixes
+from ditopt.ir.tokens import part
 from ditopt.ops import attention, block_sparse_attention
 from ditopt.pipeline import Context, PassManager
 from ditopt.recipe import Recipe
@@ -77,6 +79,15 @@ def test_tokens_that_meet_outside_of_attention(name, said):
     assert last.applied == 0
     assert len(last.refused) == 1
     assert torch.equal(fast(**call)[0], model(**call)[0])
+
+
+def test_a_part_that_is_all_is_told():
+    with pytest.raises(Mixes, match="multiple=100: of 16 tokens a partial step would compute all; give .* below 16"):
+        part(16, 0.5, 100)
+    assert [part(16, 0.5, 3), part(16, 0.1, 4), part(16, 1.0, 100), part(16, 0.99, 1)] == [6, 4, 16, 15]
+    model, call = REGISTRY["dit"].build()
+    with pytest.warns(ditopt.DitoptWarning, match="multiple=1000: of .* tokens a partial step would compute all"):
+        ditopt.optimize(model, "select_tokens{multiple=1000}", target="eager", example_inputs=call)
 
 
 def captured(text):
