@@ -51,8 +51,8 @@ aten = torch.ops.aten
 
 
 def part(tokens: int, ratio: float, multiple: int) -> int:
-    """How many of ``tokens`` a partial step computes: the share ``ratio``, rounded down to a ``multiple``, at least one.
-    ``Mixes`` where a share below 1 comes to all of them."""
+    """How many of ``tokens`` a partial step computes: the share ``ratio``, rounded down to a ``multiple``, at least
+    one. ``Mixes`` where a share below 1 comes to all of them."""
     if ratio == 1:
         return tokens
     count = max(int(tokens * ratio) // multiple * multiple, multiple)

@@ -82,11 +82,11 @@ def test_tokens_that_meet_outside_of_attention(name, said):
 
 
 def test_a_part_that_is_all_is_told():
-    with pytest.raises(Mixes, match="multiple=100: of 16 tokens a partial step would compute all; give .* below 16"):
+    with pytest.raises(Mixes, match=r"multiple=100: of 16 tokens a partial step would compute all; give .* below 16"):
         part(16, 0.5, 100)
     assert [part(16, 0.5, 3), part(16, 0.1, 4), part(16, 1.0, 100), part(16, 0.99, 1)] == [6, 4, 16, 15]
     model, call = REGISTRY["dit"].build()
-    with pytest.warns(ditopt.DitoptWarning, match="multiple=1000: of .* tokens a partial step would compute all"):
+    with pytest.warns(ditopt.DitoptWarning, match=r"multiple=1000: of .* tokens a partial step would compute all"):
         ditopt.optimize(model, "select_tokens{multiple=1000}", target="eager", example_inputs=call)
 
 
