@@ -6,6 +6,7 @@ Everything under ``torch._*`` moves between releases; gathering it here makes a 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -144,7 +145,20 @@ def guards_of(exported: Any) -> tuple[str, ...]:
 
 
 def compile_graph(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-    """Inductor on one fx graph, outside Dynamo: a callable over flat inputs that returns a tuple."""
+    """Inductor on one fx graph, outside Dynamo: a callable over flat inputs that returns a tuple.
+
+    Where torch's cache holds nothing of a graph it warns that the callable cannot be saved. Nothing here saves it
+    (files come from Programs), so that warning is kept from users, who could take it for a failure.
+    """
     from torch._inductor import standalone_compile
 
-    return standalone_compile(module, list(example_inputs), dynamic_shapes="from_example_inputs")
+    log = logging.getLogger("torch._inductor.standalone_compile")
+    log.addFilter(_matters)
+    try:
+        return standalone_compile(module, list(example_inputs), dynamic_shapes="from_example_inputs")
+    finally:
+        log.removeFilter(_matters)
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    return "artifact generation failed, cannot save" not in record.getMessage()
