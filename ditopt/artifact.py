@@ -171,9 +171,11 @@ def _graph(d: dict[str, Any]) -> StepGraph:
 
 
 def _rule(d: dict[str, Any]) -> Rule:
-    lists = {k: tuple(d[k]) for k in ("polynomial", "domain", "slots")}
+    lists = {k: tuple(map(float, d[k])) for k in ("polynomial", "domain")}
+    numbers = {k: float(d[k]) for k in ("limit", "budget", "room")}  # where infinite, text
     book = tuple((float(bound), float(steps)) for bound, steps in d["book"])
-    return Rule(**{**d, **lists, "book": book, "predictor": _predictor(d["predictor"])})
+    predictor = _predictor(d["predictor"])
+    return Rule(**{**d, **lists, **numbers, "slots": tuple(d["slots"]), "book": book, "predictor": predictor})
 
 
 def _predictor(d: dict[str, Any]) -> Predictor:
