@@ -335,6 +335,7 @@ def main() -> None:
     parser.add_argument(
         "--only", default=",".join([*FAMILIES, "fitted", "learned", "pace"]), help="families, with commas between"
     )
+    parser.add_argument("--name", default="", help="a regular expression: only contestants whose name has it")
     parser.add_argument("--trials", type=int, default=10, help="masks that a search runs")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--keep", action="store_true", help="rows that --out holds stay, and are not measured again")
@@ -352,7 +353,7 @@ def main() -> None:
         wanted += pace(levels, args.steps, bench.shipped.sample)
     rows = read(args.out) if args.keep and args.out and args.out.exists() else []
     there = {(r.family, r.name, r.steps) for r in rows}
-    wanted = [c for c in wanted if (c.family, c.name, c.steps) not in there]
+    wanted = [c for c in wanted if (c.family, c.name, c.steps) not in there and re.search(args.name, c.name)]
     with contextlib.suppress(KeyboardInterrupt):  # what was measured by then is written
         for c in tqdm(wanted, unit="contestant", mininterval=5):
             rows.append(bench.row(c))
