@@ -22,9 +22,8 @@ from ditopt.errors import RecipeError
 from ditopt.ir import example
 from ditopt.ir.edited import Edited, Editing
 from ditopt.ir.program import Interval, Program
-from ditopt.ir.select import select_regions
 from ditopt.ir.short import Mixes
-from ditopt.ir.tokens import Choosing, part
+from ditopt.ir.tokens import Choosing, never_partial, part, run_of_blocks
 from ditopt.pipeline import Context, Outcome, Pass
 
 
@@ -84,20 +83,15 @@ class EditTokens(Pass):
             return Outcome(
                 program, 0, (f"{before[0]} keeps values of all tokens already: choose tokens once, then cache",)
             )
-        if context.steps and context.steps - self.last <= self.first:
-            dense = f"the first {self.first}" + (f" and the last {self.last}" if self.last else "")
-            return Outcome(program, 0, (f"a request of {context.steps} steps has no other than {dense}: give fewer",))
-        selections = select_regions(program, self.region)
-        if any(s.kind != "run" for s in selections):
-            raise RecipeError(
-                f"edit_tokens{{region={self.region}}}: name a run of blocks, such as blocks or blocks.2:-2"
-            )
+        schedule = Interval(self.every, self.first, self.last)
+        if why := never_partial(schedule, context.steps):
+            return Outcome(program, 0, (why,))
+        blocks = run_of_blocks(program, self.name, self.region)
         editing = Editing(self.mask, self.margin, self.context, self.clusters, self.iterations, self.ema)
         try:
-            ids = {b.id for s in selections for b in s.blocks}
             count = functools.partial(part, ratio=self.ratio, multiple=self.multiple)
-            work = Choosing(program, ids, [count], functools.partial(Edited, editing), "edit_tokens")
-            made = work.program(Interval(self.every, self.first, self.last))
+            work = Choosing(program, blocks, [count], functools.partial(Edited, editing), "edit_tokens")
+            made = work.program(schedule)
         except Mixes as reason:
             return Outcome(program, 0, (str(reason),))
         return Outcome(made.relying([work.stream.raster]), len(work.blocks))

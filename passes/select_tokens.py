@@ -29,9 +29,9 @@ from ditopt.errors import RecipeError
 from ditopt.ir import example
 from ditopt.ir.program import Interval, Program
 from ditopt.ir.score import Metric, Scoring, Share
-from ditopt.ir.select import select_regions
+from ditopt.ir.scored import Scored
 from ditopt.ir.short import Mixes
-from ditopt.ir.tokens import Chooser, Choosing, part
+from ditopt.ir.tokens import Choosing, never_partial, part, run_of_blocks
 from ditopt.pipeline import Context, Outcome, Pass
 
 
@@ -114,20 +114,14 @@ class SelectTokens(Pass):
             said = f"{parts[0]} runs on part of its tokens already: one select_tokens a recipe; then= gives more shares"
             return Outcome(program, 0, (said,))
         context.check_mask(self.mask)
-        if not self.mask and context.steps and context.steps - self.last <= self.first:
-            dense = f"the first {self.first}" + (f" and the last {self.last}" if self.last else "")
-            return Outcome(program, 0, (f"a request of {context.steps} steps has no other than {dense}: give fewer",))
-        selections = select_regions(program, self.region)
-        if any(s.kind != "run" for s in selections):
-            raise RecipeError(
-                f"select_tokens{{region={self.region}}}: name a run of blocks, such as blocks or blocks.2:-2"
-            )
-        blocks = [b for s in selections for b in s.blocks]
+        if why := never_partial(self.schedule, context.steps):
+            return Outcome(program, 0, (why,))
+        blocks = run_of_blocks(program, self.name, self.region)
         try:
             scoring = Scoring(self.metric, self.starvation, self.high, self.share)
             ratios = [self.ratio, *(share for share, _ in self._later())]
             counts = [functools.partial(part, ratio=ratio, multiple=self.multiple) for ratio in ratios]
-            work = Choosing(program, {b.id for b in blocks}, counts, functools.partial(Chooser, scoring))
+            work = Choosing(program, blocks, counts, functools.partial(Scored, scoring))
             later = [Interval(0, 0, since=since) for _, since in self._later()]
             return Outcome(work.program(self.schedule, later), len(work.blocks))
         except Mixes as reason:

@@ -10,7 +10,6 @@ meet again, keys and values of every attention, and what the next positions are 
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from ditopt.errors import RecipeError
 from ditopt.ir.binding import Binding, bind
 from ditopt.ir.cost import is_attention
 from ditopt.ir.edit import Editor, prune, replace_functions
@@ -41,7 +41,7 @@ from ditopt.ir.program import (
     owner,
 )
 from ditopt.ir.reuse import Reuse, dense, dense_type
-from ditopt.ir.score import Scoring, score
+from ditopt.ir.select import select_regions
 from ditopt.ir.short import Mixes, Place, Short, TokenSet, after, together
 from ditopt.ir.short_rules import visit
 from ditopt.ir.span import Span
@@ -61,6 +61,22 @@ def part(tokens: int, ratio: float, multiple: int) -> int:
             f"multiple={multiple}: of {tokens} tokens a partial step would compute all; give a multiple below {tokens}"
         )
     return count
+
+
+def run_of_blocks(program: Program, name: str, region: str) -> set[str]:
+    """The ids of the blocks that ``region`` names for the pass ``name``; RecipeError where it is no run of blocks."""
+    selections = select_regions(program, region)
+    if any(s.kind != "run" for s in selections):
+        raise RecipeError(f"{name}{{region={region}}}: name a run of blocks, such as blocks or blocks.2:-2")
+    return {b.id for s in selections for b in s.blocks}
+
+
+def never_partial(schedule: Interval, steps: int | None) -> str:
+    """Why no step of a request of ``steps`` computes part of its tokens, "" where one may."""
+    if schedule.mask or not steps or steps - schedule.last > schedule.first:
+        return ""
+    dense = f"the first {schedule.first}" + (f" and the last {schedule.last}" if schedule.last else "")
+    return f"a request of {steps} steps has no other than {dense}: give fewer"
 
 
 @dataclass(frozen=True)
@@ -463,58 +479,3 @@ class Chooses(Protocol):
         path, each with what is read from there on, whichever path was taken.
         """
         ...
-
-
-class Chooser:
-    """By a score of what the model predicted: the positions of a step, from what the step before left; and what this
-    step leaves for the next."""
-
-    rule: Rule | None = None
-
-    def __init__(self, scoring: Scoring, work: Choosing, start: fx.Node) -> None:
-        self.work, self.scoring, e, o = work, scoring, work.e, scoring
-        rows, tokens = work.set.rows, work.set.tokens
-        with e.mode:
-            empty = torch.empty((rows, tokens), dtype=torch.float32, device=start.meta["val"].device)
-        self.scores = work.reuse.slot("score", empty)
-        self.skips = work.reuse.slot("skips", empty)
-        where: dict[str, Any] = {"at": next(n for n in e.graph.nodes if n.op != "placeholder")}
-        self.where = where
-        worth = self.scores
-        if o.starvation:
-            grown = e.op(aten.exp.default, e.op(aten.mul.Tensor, self.skips, -o.starvation, **where), **where)
-            worth = e.op(aten.mul.Tensor, worth, grown, **where)
-        if o.share != "sample" and rows > 1:
-            groups = rows // 2 if o.share == "halves" else 1
-            parts = e.op(aten.view.default, worth, [rows // groups, groups, tokens], **where)
-            mean = e.op(aten.mean.dim, parts, [0], True, **where)
-            both = e.op(aten.expand.default, mean, [rows // groups, groups, tokens], **where)
-            worth = e.op(aten.reshape.default, both, [rows, tokens], **where)
-        self.worth = worth
-
-    def index(self, count: int) -> fx.Node:
-        """The positions of ``count`` tokens in each row, in their order."""
-        e, where = self.work.e, self.where
-        skipped = self.work.set.tokens - count
-        low = skipped - int(skipped * self.scoring.high)
-        lowest = e.op(aten.topk.default, self.worth, count + low, -1, False, True, **where)
-        ids = _item(e, lowest, 1, where["at"])
-        if low:
-            ids = e.op(aten.slice.Tensor, ids, 1, low, low + count, **where)
-        order = e.op(aten.sort.default, ids, -1, **where)
-        return _item(e, order, 0, where["at"])
-
-    def finish(self, old: fx.Node, output: fx.Node, met: Sequence[tuple[fx.Node, fx.Node]]) -> None:
-        """Score this step's prediction, and count whom it left out. ``old``: what computes it in the Program before."""
-        work, e = self.work, self.work.e
-        scores = score(e, work.short, output, met, self.scoring, work.channels(output))
-        work.reuse.update(self.scores, work.held(scores, self.scores, (None, old)), "always")
-        end, place = e.graph.output_node(), Place(1, 0, work.set.tokens, 0)
-        grown = e.op(aten.add.Tensor, self.skips, 1.0)
-        skips = work.path([s.put(grown, s.gather(self.skips, place, 2, end), place, end) for s in work.shorts], end)
-        chosen = e.op(select, self.skips, skips, work.name)
-        work.reuse.update(self.skips, work.held(chosen, self.skips, (None, old)), "always")
-
-
-def _item(e: Editor, node: fx.Node, at: int, before: fx.Node) -> fx.Node:
-    return e.op(operator.getitem, node, at, at=before)

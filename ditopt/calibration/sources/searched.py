@@ -33,7 +33,7 @@ are run. On a shipped model, forecasts of single steps arrived 4.6 times (the th
 as large as they were made, and the early ones hardly like themselves."""
 
 ANCHORS = 3
-"""Computed values that fitted coefficients read. Of 2, 3 and 4 the best on most masks that were tried on two of the shipped models."""
+"""Computed values that fitted coefficients read. Of 2, 3 and 4 the best on most masks tried on two models."""
 
 
 @dataclass(frozen=True)
