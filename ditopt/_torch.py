@@ -43,6 +43,7 @@ __all__ = [
     "invoke_subgraph",
     "is_fake",
     "is_unbacked",
+    "masked_softmax",
     "may_alias",
     "pytree",
     "valueless",
@@ -53,6 +54,11 @@ __all__ = [
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 flex_attention = torch.ops.higher_order.flex_attention
 int_mm = torch.ops.aten._int_mm.default
+masked_softmax = torch.ops.aten._masked_softmax.default
+
+_meta = torch.library.Library("aten", "IMPL", "Meta")
+if not torch._C._dispatch_has_kernel_for_dispatch_key(masked_softmax.name(), "Meta"):
+    _meta.impl("_masked_softmax", lambda scores, *_: torch.empty_like(scores))  # torch 2.13 gives it no type
 
 
 def is_fake(value: object) -> bool:

@@ -16,7 +16,7 @@ from ditopt.codegen.build import describe, export
 from ditopt.codegen.lower import lower, lower_memos
 from ditopt.engine import Engine
 from ditopt.errors import BadInput, DitoptWarning
-from ditopt.ir.fold import fold_constants
+from ditopt.ir.fold import weights_of_constants
 from ditopt.ir.program import Role
 from ditopt.offload import loaded
 from ditopt.optimized import OptimizedModule
@@ -154,7 +154,7 @@ def export_onnx(
     """
     captured, history, used = _programs(model, recipe, example_inputs, steps, roles)
     captured.refuse_file("exported")
-    program = fold_constants(seal(history[-1].program if history else captured.program, captured.guard))
+    program = weights_of_constants(seal(history[-1].program if history else captured.program, captured.guard))
     times = [float(t) for t in timesteps] if timesteps is not None else None
     if times is not None and steps is not None and len(times) != steps:
         raise BadInput(f"steps={steps} and {len(times)} timesteps given; they must agree")

@@ -26,7 +26,7 @@ from ditopt.capture import CallSpec, Captured, Captures, Off, bind, by_name, wat
 from ditopt.codegen.build import build, export
 from ditopt.errors import BadInput, DitoptWarning, SessionError, StaleWeights
 from ditopt.fitted import UNKNOWN, Fitted, guidance_text, latent_text, model_text, scheduler_text
-from ditopt.ir.fold import fold_constants
+from ditopt.ir.fold import weights_of_constants
 from ditopt.ir.program import Program, Role
 from ditopt.pipeline import PassResult
 from ditopt.recipe import Recipe
@@ -281,7 +281,7 @@ class Engine:
         folder = Path(tempfile.mkdtemp(prefix="ditopt-"))
         try:
             rows = variants(program, self.target, self.steps)
-            export(fold_constants(program), folder / "model.onnx", None, rows, **more)
+            export(weights_of_constants(program), folder / "model.onnx", None, rows, **more)
             loaded = load_onnx(folder / "model.onnx", self.session).plan
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)

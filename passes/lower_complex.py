@@ -3,7 +3,6 @@
 Rotary position embeddings are often written as products of complex numbers. ONNX has no complex type and Inductor falls
 back to eager for it, so compiled targets get this form; eager keeps its own complex product, whose last bits a compiler
 is free to choose. Operators that move values get the same move one dimension up; sums and products are spelled out.
-A complex input is one of pairs too: callers pass what the model takes, and what runs the program looks at it as pairs.
 A complex input becomes a pair too: callers pass what the model takes, and what runs the program looks at it as pairs
 (``TensorType.view``).
 """

@@ -79,7 +79,7 @@ class Checked:
             return []
         return [
             f"on a second input the graph equals the model within rounding ({self.rounding:.1e} relative), not bit for "
-            "bit: eager takes another kernel there, as torch.nn.MultiheadAttention does without gradients"
+            "bit: eager takes other kernels there, as nn.TransformerEncoder does, which packs tokens by their mask"
         ]
 
 

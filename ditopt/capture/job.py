@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ditopt._torch import is_fake
-from ditopt.capture import flex, where
+from ditopt.capture import flex, fused, where
 from ditopt.capture.aside import forgetful, quiet
 from ditopt.capture.deferred import Around
 from ditopt.capture.flat import Flat, Packing
@@ -91,13 +91,14 @@ class Job:
         """The Program of what ``exported`` or ``dynamic`` gives, without symbols."""
         if is_functional(exported.graph):
             exported = functionalised(exported)
+        fused.expand(exported.graph)
         return to_program(self.model, exported, self.spec, self.tensors, self.roles, self.weights, more)
 
     def exported(self, module: nn.Module, dynamic_shapes: Any = None) -> Any:
         """The ExportedProgram of ``module``, called with the tensors: nothing in it writes in place. Untraceable where
         tracing stops."""
         try:
-            with quiet(), forgetful(), torch.no_grad():
+            with quiet(), forgetful(), fused.reached(), torch.no_grad():
                 exported = torch.export.export(
                     module, distinct(self.tensors), strict=False, dynamic_shapes=dynamic_shapes
                 )

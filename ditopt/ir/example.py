@@ -53,11 +53,13 @@ class Builder:
         return Program({"step": self._e.function()}, "step", self._params, tuple(self._inputs), outputs)
 
 
-def tiny_dit(blocks: int = 3, noise: bool = False, attention: bool = True, rotary: bool = False) -> Program:
+def tiny_dit(
+    blocks: int = 3, noise: bool = False, attention: bool = True, rotary: bool = False, rates: bool = False
+) -> Program:
     """``blocks`` blocks of attention and MLP with adaptive scale and gate on (2, 6, 8) tokens, flat.
 
-    ``noise`` adds operators that change nothing; ``rotary`` turns queries and keys by complex numbers. Without
-    ``attention`` it is one linear layer and no block at all.
+    ``noise`` adds operators that change nothing; ``rotary`` turns queries and keys by complex numbers; ``rates``
+    embeds the time at rates that are computed. Without ``attention`` it is one linear layer and no block at all.
     """
     b = Builder()
     x = b.input("hidden_states", "latent", ROWS, TOKENS, WIDTH)
@@ -66,7 +68,10 @@ def tiny_dit(blocks: int = 3, noise: bool = False, attention: bool = True, rotar
         return b.program(b(aten.linear.default, x, b.param("head.weight", WIDTH, WIDTH)))
     label = b.input("class_labels", "prompt", ROWS, dtype=torch.int64)
     time = b(aten.unsqueeze.default, t, -1)
-    time = b(aten.linear.default, b(aten.sin.default, time), b.param("time.weight", WIDTH, 1))
+    if rates:
+        falling = b(aten.mul.Tensor, b(aten.arange.start_step, 0, WIDTH, 1, device="cpu"), -0.5)
+        time = b(aten.mul.Tensor, time, b(aten.exp.default, falling))
+    time = b(aten.linear.default, b(aten.sin.default, time), b.param("time.weight", WIDTH, WIDTH if rates else 1))
     cond = b(
         aten.silu.default, b(aten.add.Tensor, time, b(aten.embedding.default, b.param("label.weight", 4, WIDTH), label))
     )

@@ -11,7 +11,7 @@ from ditopt.ir.edit import Editor, prune
 from ditopt.ir.program import Function, Program, formal
 
 
-def fold_constants(program: Program) -> Program:
+def weights_of_constants(program: Program) -> Program:
     """``program`` in which the values of memos that depend on no input are weights (``memo.<value>``), computed by
     torch from those that they are made of. A change of a weight is no longer seen: see ``hoist_invariants``."""
     constant = [m for m in program.memos if not m.keys]
@@ -41,7 +41,7 @@ def _reading(function: Function, made: dict[str, Tensor]) -> Function:
     found = [p for p in function.placeholders if formal(p).kind == "memo" and formal(p).ref in made]
     if not found:
         return function
-    with Editor(function, "fold_constants") as e:
+    with Editor(function, "weights_of_constants") as e:
         for p in found:
             e[p].meta["formal"] = replace(formal(p), kind="param", ref=f"memo.{formal(p).ref}")
     return e.function()

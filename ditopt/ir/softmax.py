@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ditopt._torch import masked_softmax
 from ditopt.ir.attention import Found, Mask, Operand, Refused, unmoved
 from ditopt.ir.product import Product, is_plain, product
 from ditopt.ir.program import Function
@@ -20,7 +21,7 @@ from ditopt.ops import attention, linear_attention
 
 aten = torch.ops.aten
 
-_SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
+_SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, masked_softmax}
 
 _CASTS = {aten._to_copy.default, aten.to.dtype, aten.clone.default, aten.contiguous.default}
 
@@ -182,9 +183,12 @@ class _Up:
 def _spelled(softmax: fx.Node) -> Found | None:
     args: Any = softmax.args
     rank = softmax.meta["val"].ndim
-    if rank < 2 or args[1] % rank != rank - 1:
+    masked = softmax.target is masked_softmax
+    if rank < 2 or args[2 if masked else 1] % rank != rank - 1:
         return None
     up = _Up()
+    if masked:
+        up.masks.append(Mask(args[1], "drop", _shape(softmax)))
     if not up.walk(args[0], _shape(softmax)) or up.product is None:
         return None
     below = _down(softmax)

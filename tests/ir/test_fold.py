@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import ditopt
-from ditopt.ir.fold import fold_constants
+from ditopt.ir.fold import weights_of_constants
 from ditopt.ir.interpret import random_inputs, run_program
 from ditopt.ir.verify import verify
 
@@ -34,7 +34,7 @@ def test_constant_memos_become_weights():
     model, call = made()
     program = ditopt.optimize(model, "lossless", example_inputs=call, target="eager").program
     assert [m.name for m in program.memos if not m.keys] == ["constant"]
-    folded = fold_constants(program)
+    folded = weights_of_constants(program)
     verify(folded)
     assert folded.memos
     assert all(m.keys for m in folded.memos)
@@ -42,7 +42,7 @@ def test_constant_memos_become_weights():
     assert any(name.startswith("memo.constant.") for name in folded.params)
     values = random_inputs(program)
     assert torch.equal(run_program(folded, values)[0][0], run_program(program, values)[0][0])
-    assert fold_constants(folded) is folded
+    assert weights_of_constants(folded) is folded
 
 
 def test_a_file_needs_no_operator_for_them(tmp_path):

@@ -23,8 +23,7 @@ def apart(a, b):
 
 @pytest.mark.parametrize(("name", "target"), CASES)
 def test_an_engine_gives_the_same_with_and_without_hoisting(name, target):
-    """In the step that fills the tables, and in one that reads them. An engine may be that far from eager by itself:
-    sines of large numbers (timesteps of 1000) are another function in each. Hoisted ones are eager's."""
+    """In the step that fills the tables, and in one that reads them."""
     tiny = ZOO[name]
     model, inputs = tiny.model().eval(), tiny.inputs()
     hoisted, without = (ditopt.optimize(model, r, target=target) for r in ("lossless", PLAIN))
@@ -32,7 +31,7 @@ def test_an_engine_gives_the_same_with_and_without_hoisting(name, target):
         plain = leaves(model(**inputs))
         for _ in range(2):
             got, want = (leaves(fast(**inputs)) for fast in (hoisted, without))
-            assert apart(got, want) <= max(BOUND, 1.5 * apart(want, plain))
+            assert apart(got, want) <= BOUND
             assert apart(got, plain) <= BOUND
-    assert len(hoisted.compiled.plan.manifest.memos) > 0
-    assert not without.compiled.plan.manifest.memos
+    assert {m.name for m in hoisted.compiled.plan.manifest.memos} & {"request", "timestep", "schedule"}
+    assert {m.name for m in without.compiled.plan.manifest.memos} <= {"folded"}
