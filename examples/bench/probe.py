@@ -106,7 +106,7 @@ class Request:
         """Latents that differ at every step, times that fall, and one prompt."""
         model, call = denoiser.build()
         calls = [_step(denoiser, call, k) for k in range(STEPS)]
-        return Request(model, calls, [_leaves(model(**c)) for c in calls])
+        return Request(model, calls, [tensors_of(model(**c)) for c in calls])
 
 
 def probe(name: str, tell: Callable[[Row], None] = lambda row: None, *, full: bool = True) -> Row:
@@ -161,7 +161,8 @@ def _step(denoiser: Denoiser, call: Mapping[str, Any], k: int) -> dict[str, Any]
     return {**call, **changes}
 
 
-def _leaves(output: Any) -> list[Tensor]:
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors of a model's output, in order."""
     plain = dict(output) if isinstance(output, dict) else output  # output classes are no containers to pytree
     return [v for v in pytree.tree_leaves(plain) if isinstance(v, Tensor)]
 
@@ -218,7 +219,7 @@ def exact(lossless: OptimizedModule, request: Request) -> None:
     """The exact recipe gives the plain model's bits over three steps."""
     with lossless.session(steps=3):
         for k, call in enumerate(request.calls[:3]):
-            if not _same(_leaves(lossless(**call)), request.plain[k]):
+            if not _same(tensors_of(lossless(**call)), request.plain[k]):
                 raise Failed(f"step {k} differs from the plain model")
 
 
@@ -255,7 +256,7 @@ def onnx(fast: OptimizedModule, request: Request) -> None:
         manifest = ditopt.export_onnx(fast, path)
         loaded = ditopt.load(path)
         with torch.no_grad(), loaded.session(steps=STEPS):
-            got = [_leaves(loaded(**call)) for call in request.calls]
+            got = [tensors_of(loaded(**call)) for call in request.calls]
         idle = {g.name for g in manifest.graphs} - set(loaded.stats.graphs)
     if idle:
         raise Failed(f"the graphs {', '.join(sorted(idle))} never ran")
@@ -286,7 +287,7 @@ def _wide(fast: OptimizedModule, request: Request) -> Outputs:
 def _run(fast: OptimizedModule, request: Request) -> tuple[Outputs, list[bool]]:
     """One request: the outputs, and which steps reused anything."""
     with fast.session(steps=STEPS) as session:
-        outputs = [_leaves(fast(**call)) for call in request.calls]
+        outputs = [tensors_of(fast(**call)) for call in request.calls]
         return outputs, ["reuse" in row.choices.values() for row in session.schedule_rows]
 
 
