@@ -100,9 +100,8 @@ def main() -> None:
     for target in args.targets:
         values = [float(v) for row in rows.values() if (v := row.get(target, "")) and v[:1].isdigit()]
         if values:
-            print(
-                f"{target}: {sum(v <= BOUND for v in values)} of {len(values)} within {BOUND:g}, worst {max(values):.1e}"
-            )
+            near = sum(v <= BOUND for v in values)
+            print(f"{target}: {near} of {len(values)} within {BOUND:g}, worst {max(values):.1e}")
 
 
 if __name__ == "__main__":
