@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ditopt.artifact import Plan
-from ditopt.capture import CallSpec, Captured, Captures, Off, bind, by_name, watched
+from ditopt.capture import CallSpec, Captured, Captures, Off, bind, by_name, held, watched, writes
 from ditopt.codegen.build import build, export
 from ditopt.errors import BadInput, DitoptWarning, SessionError, StaleWeights
 from ditopt.fitted import UNKNOWN, Fitted, guidance_text, latent_text, model_text, scheduler_text
@@ -202,6 +202,7 @@ class Engine:
             self._put_away()
             raise
         self._captured = self._captured or _Snapshot(self.model)
+        self._captured.holds(found.captured)
         if self._fitted is not None and self.shelves.mode != "keep" and not self.shelves.freed:
             self._model_text = model_text(self.model)
         if len(self.compiled) >= SIGNATURES:
@@ -350,6 +351,16 @@ class _Snapshot:
         self._model = model
         self._modules = dict(model.named_modules())  # held, so that no later module is taken for one that is gone
         self._values = {name: _values(module) for name, module in self._modules.items()}
+        self._kept: set[str] = set()
+        self._tensors: dict[str, tuple[Tensor, int | None]] = {}
+
+    def holds(self, captured: Captured) -> None:
+        """Watch the tensors in plain attributes that this graph holds, and nothing that the model keeps for itself."""
+        self._kept.update(captured.kept)
+        constants = [t for n, t in captured.program.params.items() if n.startswith("const.")]
+        for name, value in held(self._model) if constants else ():
+            if isinstance(value, Tensor) and any(_equal(value, t) for t in constants):
+                self._tensors[name] = value, writes(value)
 
     def exchanged(self) -> bool:
         """Whether a module came, went or was replaced."""
@@ -363,9 +374,20 @@ class _Snapshot:
         for path, module in self._modules.items():
             now, before = _values(module), self._values[path]
             if now != before:
-                names = [k for k in {**before, **now} if now.get(k) != before.get(k)]
-                return f"{path}.{names[0]}".lstrip(".")
-        return ""
+                names = (f"{path}.{k}".lstrip(".") for k in {**before, **now} if now.get(k) != before.get(k))
+                if name := next((n for n in names if not self._keeps(n)), ""):
+                    return name
+        if not self._tensors:
+            return ""
+        live = dict(held(self._model))
+        return next((n for n, (t, w) in self._tensors.items() if live.get(n) is not t or writes(t) != w), "")
+
+    def _keeps(self, name: str) -> bool:
+        return any(kept == name or kept.startswith(f"{name}.") for kept in self._kept)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 _SCALARS = (bool, int, float, str)

@@ -17,9 +17,10 @@ attention into softmax and matmuls.
 from ditopt.capture.captures import Captures
 from ditopt.capture.chain import capture
 from ditopt.capture.check import derive
-from ditopt.capture.deferred import Off
+from ditopt.capture.deferred import Off, writes
 from ditopt.capture.flat import shared_copy
 from ditopt.capture.guard import Guard
+from ditopt.capture.held import held
 from ditopt.capture.job import Captured
 from ditopt.capture.seal import seal
 from ditopt.capture.spec import CallSpec, arguments_of, bind, by_name
@@ -36,7 +37,9 @@ __all__ = [
     "by_name",
     "capture",
     "derive",
+    "held",
     "seal",
     "shared_copy",
     "watched",
+    "writes",
 ]

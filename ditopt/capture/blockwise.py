@@ -57,7 +57,7 @@ def _captured(job: Job, paths: Sequence[str], whole: Whole, why: Sequence[str], 
     if found is None:
         raise CaptureError(f"between any two of its blocks Python looks at values{observer.interrupted}")
     inputs = _inputs(job, observed)
-    around = Around(job.model, found.segment, observer.looked)
+    around = Around(job.model, found.segment, observer.looked, observer.kept)
     depends = _depends(job, inputs, around, found)
     roles: dict[str, Role] = {name: roles[0] if roles else "shape" for name, roles in depends.items()}
     blocks = Blocks.of(shared_copy(job.model), found.segment)
@@ -66,7 +66,8 @@ def _captured(job: Job, paths: Sequence[str], whole: Whole, why: Sequence[str], 
     program = inner.program.replace(inputs=(*inputs, *inner.program.inputs))
     around.flops = max(observer.flops - step_flops(program)[0], 0)
     notes = [*why, _said(found, observer), _read(depends), *(f"the blocks: {n}" for n in inner.notes)]
-    made = Captured(program, job.spec, _unpacked, "tuple", tuple(notes), inner.guard, around=around)
+    kept = (*observer.kept, *inner.kept)
+    made = Captured(program, job.spec, _unpacked, "tuple", tuple(notes), inner.guard, kept=kept, around=around)
     return _checked(job, made, inputs) if verify else made
 
 

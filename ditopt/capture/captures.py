@@ -156,7 +156,7 @@ def _exported(job: Job, sizes: Sizes, axes: Axes) -> Template:
     job = dataclasses.replace(job, tensors=made)
     flat = Flat(shared_copy(job.model), job.spec)
     exported = job.exported(flat, for_export(job.spec, axes))
-    refuse_packing(job.name, flat.packing)
+    refuse_packing(job, flat.packing)
     return Template.of(job.model, exported, job.spec, axes)
 
 
@@ -175,4 +175,4 @@ def _specialised(job: Job, template: Template, exact: bool) -> Captured:
         *checked.notes,
     )
     packing = checked.packing
-    return Captured(program, job.spec, packing.pack, packing.structure, notes)
+    return Captured(program, job.spec, packing.pack, packing.structure, notes, kept=packing.kept)

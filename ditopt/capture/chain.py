@@ -171,7 +171,7 @@ def _recorded(job: Job, why: Sequence[str]) -> Captured:
         run = record(job.model, job.spec, job.tensors)
     except Exception as error:
         raise Untraceable(f"{job.name} cannot be recorded{where.of_error(error)}: {first_line(error)}") from error
-    refuse_packing(job.name, run.packing)
+    refuse_packing(job, run.packing)
     program, guard = split(job.name, job.program(job.exported(run), len(run.reads)), run.reads)
     read = f"{_values(len(run.reads))} that Python reads as constants"
     said = f"captured by recording a run at the dispatcher, with {read}"
@@ -200,10 +200,11 @@ def _captured(
         notes.append(f"{lowered} flex_attention calls written out as the attention that PyTorch runs uncompiled")
     if packing.written:
         notes.append(f"writes {len(packing.written)} tensors into its arguments, {packing.written[0]} and so on")
+    if packing.kept:
+        notes.append(f"keeps {', '.join(packing.kept[:3])} from call to call; the graph makes it anew")
     put = packing.put if packing.writes else None
-    return Captured(
-        program, job.spec, packing.pack, packing.structure, tuple(notes), guard, put, tuple(packing.written)
-    )
+    written = tuple(packing.written)
+    return Captured(program, job.spec, packing.pack, packing.structure, tuple(notes), guard, put, written, packing.kept)
 
 
 def _fails(name: str, error: Exception) -> str:

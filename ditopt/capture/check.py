@@ -114,12 +114,27 @@ def compare(name: str, outputs: Sequence[str], want: Sequence[Tensor], got: Sequ
             )
         if not torch.isfinite(a.float()).all():
             continue  # the derived input left the model's domain: it says nothing about the graph
-        error = (a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-12)
-        limit = 1e-5 if a.dtype in (torch.float32, torch.float64) else 2e-2
-        if not error <= limit:
+        error = _error(a, b)
+        if not error <= _limit(a):
             raise CaptureError(
                 f"the graph of {name} differs from the model by {float(error):.1e} (relative) on a second input; the "
                 "model's Python depends on tensor values, or it is not deterministic"
             )
         rounding = max(rounding, float(error))
     return rounding
+
+
+def differ(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether two runs of a model gave more than roundings of one result."""
+    if [t.shape for t in first] != [t.shape for t in second]:
+        return True
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if torch.isfinite(a.float()).all()]
+    return not all(_error(a, b) <= _limit(a) for a, b in pairs)
+
+
+def _error(a: Tensor, b: Tensor) -> Tensor:
+    return (a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-12)
+
+
+def _limit(a: Tensor) -> float:
+    return 1e-5 if a.dtype in (torch.float32, torch.float64) else 2e-2

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ditopt._torch import DisableTorchFunctionSubclass, pytree, valueless
 from ditopt.capture import where
 from ditopt.capture.flat import arguments_of_call, shared_copy
+from ditopt.capture.held import renew
 from ditopt.capture.segment import Given, Kind, Made, Segment, Step, Weight
 from ditopt.capture.spec import CallSpec
 
@@ -87,11 +88,13 @@ def describes(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) ->
 
 class Around:
     """``model``, called by its own convention, with ``segment`` run by whoever calls. ``line``: " at file:line (code)"
-    of what keeps all of forward from being a graph; ``flops``: of a call outside of the segment."""
+    of what keeps all of forward from being a graph; ``kept``: attributes in which the model keeps what it made, which
+    here it makes anew in each call; ``flops``: of a call outside of the segment."""
 
-    def __init__(self, model: nn.Module, segment: Segment, line: str = "") -> None:
+    def __init__(self, model: nn.Module, segment: Segment, line: str = "", kept: Sequence[str] = ()) -> None:
         self.segment, self.line, self.flops = segment, line, 0
         self._model, self._twin = model, shared_copy(model).eval()
+        self._kept, self._fresh = kept, shared_copy(model) if kept else model
         self._pairs = list(zip(self._twin.modules(), model.modules(), strict=True))
         self._follower: _Follower | None = None
         self._plain = {path: self._twin.get_submodule(path).forward for path in segment.paths}
@@ -133,6 +136,7 @@ class Around:
         for twin, live in self._pairs:
             twin.__dict__["_parameters"] = live._parameters  # as they are now; what is exchanged is seen
             twin.__dict__["_buffers"] = dict(live._buffers)  # the copy may keep tables of its own in them
+        renew(self._twin, self._fresh, self._kept)
         self._follower = follower
         try:
             with torch.no_grad():

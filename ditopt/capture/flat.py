@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from ditopt._torch import is_fake, pytree
 from ditopt.capture import opened
+from ditopt.capture.held import deep_copy, held
 from ditopt.capture.numbers import Numbers
 from ditopt.capture.spec import SCALARS, CallSpec, dotted
 from ditopt.offload import keep_shared, strip
@@ -26,7 +26,7 @@ def shared_copy(model: nn.Module, runs: bool = False) -> nn.Module:
     kept: dict[int, Any] = {**keep_shared(model), **{id(t): t for t in [*model.parameters(), *model.buffers()]}}
     kept |= {id(t): t.detach().clone() for t in model.buffers() if runs}
     kept.update({id(v): v for module in model.modules() for v in vars(module).values() if is_fake(v)})
-    twin = copy.deepcopy(model, kept)
+    twin = deep_copy(model, kept)
     strip(twin)
     for module in twin.modules():
         _register_fakes(module)
@@ -50,11 +50,17 @@ class Packing:
     def __init__(self) -> None:
         self.structure: str | tuple[str, ...] = "tuple"
         self.opaque: list[str] = []  # types of objects in the output that may hide tensors
-        self.changed: list[str] = []  # attributes of the model that the run changed
+        self.changed: list[str] = []  # attributes of the model that the run changed, Python values
+        self.filled: list[str] = []  # and those that it made, or that are tensors
         self.removed: list[str] = []  # parts of the arguments that the run took away
         self.written: list[str] = []  # tensors that the run put into its arguments, by dotted name
         self._fill: Fill | None = None
         self._writes: list[tuple[opened.Path, Fill]] = []
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Attributes of the model that the run changed."""
+        return (*self.changed, *self.filled)
 
     def note(self, out: Any) -> tuple[Tensor, ...]:
         """The tensors of an output, in order; remembers how they were packed."""
@@ -156,14 +162,16 @@ class Flat(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         bound = self.spec.unflatten(tensors)
         args, kwargs = arguments_of_call(self.model, bound)
-        held = opened.leaves(bound)
-        before = _python_state(self.model)  # compared here: torch.export puts attributes back when it is done
+        given = opened.leaves(bound)
+        before = dict(held(self.model))  # compared here: torch.export puts attributes back when it is done
         # only in a trace: any such mode keeps eager from its fused kernels
         numbers = Numbers() if torch.compiler.is_exporting() else nullcontext()
         with self._around(), numbers:
             out = self.model(*args, **kwargs)
-        self.packing.changed = [k for k, v in _python_state(self.model).items() if _differs(before.get(k, v), v)]
-        return (*self.packing.note(out), *self.packing.note_writes(held, bound), *self._more())
+        after = dict(held(self.model))
+        self.packing.changed = [k for k, v in after.items() if _is_number(v) and _differs(before.get(k, v), v)]
+        self.packing.filled = [k for k, v in after.items() if _is_new(k, v, before)]
+        return (*self.packing.note(out), *self.packing.note_writes(given, bound), *self._more())
 
 
 def arguments_of_call(model: nn.Module, bound: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -178,14 +186,12 @@ def arguments_of_call(model: nn.Module, bound: Mapping[str, Any]) -> tuple[list[
     return args, kwargs
 
 
-def _python_state(model: nn.Module) -> dict[str, Any]:
-    """The Python values among the attributes of all modules, in containers too, by dotted name."""
-    return {
-        f"{name}.{dotted(path)}" if name else dotted(path): v
-        for name, module in model.named_modules()
-        for path, v in pytree.tree_flatten_with_path(vars(module))[0]
-        if isinstance(v, (*SCALARS, torch.SymInt))
-    }
+def _is_new(name: str, value: Any, before: Mapping[str, Any]) -> bool:
+    return before.get(name) is not value if isinstance(value, Tensor) else _is_number(value) and name not in before
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (*SCALARS, torch.SymInt))
 
 
 def _differs(before: Any, now: Any) -> bool:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ditopt._torch import is_fake
 from ditopt.capture import flex, fused, where
 from ditopt.capture.aside import forgetful, quiet
+from ditopt.capture.check import differ
 from ditopt.capture.deferred import Around
-from ditopt.capture.flat import Flat, Packing
+from ditopt.capture.flat import Flat, Packing, shared_copy
 from ditopt.capture.functional import functionalised, is_functional
 from ditopt.capture.graph import Untraceable, refuse_symbols, to_program
 from ditopt.capture.guard import Guard
@@ -29,6 +30,8 @@ class Captured:
     ``guard``: what must hold of the inputs beyond their signature, where anything must. ``put(results, arguments)``
     writes into the arguments of a call what the model writes into them (a cache of keys and values); None where it
     writes nothing. ``written``: dotted names of the tensors among that, which are results after those of the output.
+    ``kept``: dotted names of attributes in which the model keeps what it made for its next call; the graph makes it
+    anew.
     ``around``: the rest of the model's forward, where the Program is that of its blocks alone: it reads what they read,
     after the inputs of the model.
     """
@@ -41,6 +44,7 @@ class Captured:
     guard: Guard | None = None
     put: Callable[[Sequence[Tensor], Any], None] | None = None
     written: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
     around: Around | None = None
 
     def refuse_file(self, action: str) -> None:
@@ -83,7 +87,7 @@ class Job:
         """The Program of ``flat``, whose last ``more()`` results are not the model's, and how many flex attentions were
         lowered. Untraceable where tracing stops."""
         exported = self.exported(flat)
-        refuse_packing(self.name, flat.packing)
+        refuse_packing(self, flat.packing)
         lowered = flex.expand(exported.graph_module)
         return self.program(exported, more()), lowered
 
@@ -110,12 +114,14 @@ class Job:
             raise Untraceable(_stopped(self.name, error)) from error
 
 
-def refuse_packing(name: str, packing: Packing) -> None:
+def refuse_packing(job: Job, packing: Packing) -> None:
     """CaptureError where the model's run did what no graph can say."""
-    if packing.changed:
+    name = job.name
+    if unsettled := _unsettled(job, packing):
         raise CaptureError(
-            f"{name} changes its attribute {packing.changed[0]} during forward; a graph would keep one value for ever. "
-            "Make it an input of forward."
+            f"{name} changes its attribute {unsettled} during forward, and another call with the same inputs "
+            "changes it again or gives another result; a graph would keep one value for ever. Make it an input of "
+            "forward."
         )
     if packing.opaque:
         raise CaptureError(
@@ -127,6 +133,22 @@ def refuse_packing(name: str, packing: Packing) -> None:
             f"{name} takes {packing.removed[0]} out of its arguments during forward; a graph can put something into "
             "them, and take nothing away. Set it to None instead."
         )
+
+
+def _unsettled(job: Job, packing: Packing) -> str:
+    """An attribute that a run changed, and that is not what a first call makes and equal ones use again; "" without."""
+    if not packing.kept:
+        return ""
+    if job.fake:
+        return next(iter(packing.changed), "")
+    flat = Flat(shared_copy(job.model, runs=True), job.spec)
+    with quiet(), torch.no_grad():
+        first = flat(*job.tensors)
+        found = flat.packing.kept
+        second = flat(*job.tensors)
+    if flat.packing.changed:
+        return flat.packing.changed[0]
+    return found[0] if found and differ(first, second) else ""
 
 
 def distinct(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

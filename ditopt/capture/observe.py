@@ -137,6 +137,7 @@ class Observer(Recorder):
         self._names: dict[int, Made] = {}
         self._tensors: dict[Made, Tensor] = {}
         self._counter = _Work()
+        self.kept: tuple[str, ...] = ()
         for path in paths:
             module = model.get_submodule(path)
             module.forward = functools.partial(self._block, path, module.forward)
@@ -148,11 +149,11 @@ class Observer(Recorder):
         before = [writes(t) for t in state]
         with self._counter:
             results = _run(flat, job)
-        refuse_packing(job.name, flat.packing)
+        refuse_packing(job, flat.packing)
         if [writes(t) for t in state] != before:
             raise CaptureError(f"{job.name} changes a buffer during forward; pass it in and return it")
         self._events.append(_Look("", tuple(self._names[id(t)] for t in results if id(t) in self._names)))
-        self.flops = self._counter.flops
+        self.flops, self.kept = self._counter.flops, flat.packing.kept
         return results
 
     @property

@@ -7,7 +7,6 @@ are operands, so the modules of equal blocks are one body.
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 from collections import defaultdict, deque
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ditopt._torch import pytree
+from ditopt.capture.held import deep_copy
 from ditopt.capture.replay import Lost, Recorder
 from ditopt.capture.spec import SCALARS
 from ditopt.errors import CaptureError
@@ -130,7 +130,7 @@ def _twin(module: nn.Module) -> nn.Module:
     for t in _weights(module).values():
         empty = torch.empty_like(t, device="meta")
         kept[id(t)] = nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
-    return copy.deepcopy(module, kept)
+    return deep_copy(module, kept)
 
 
 def _state(module: nn.Module) -> list[Any]:
