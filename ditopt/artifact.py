@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -225,3 +226,10 @@ def read_manifest(path: Path) -> Manifest:
         return from_json(path.read_text(), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); give the path that export or save wrote") from error
+
+
+def constant(value: Any) -> Any:
+    """An argument that is no tensor as a manifest holds it: dtypes, devices and members of an enum as text (a member
+    that is a text or a number, as in ``class Mode(str, Enum)``, stays it)."""
+    named = isinstance(value, Enum) and not isinstance(value, (str, int, float))
+    return str(value) if named or isinstance(value, (torch.dtype, torch.device)) else value

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -390,7 +391,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
-_SCALARS = (bool, int, float, str)
+_SCALARS = (bool, int, float, str, Enum)
 _UNWATCHED = frozenset(
     # nn.Module's own, offload hooks, and what does not matter without gradients
     [*vars(nn.Module()), "forward", "_old_forward", "_hf_hook", "_diffusers_hook", "gradient_checkpointing"]

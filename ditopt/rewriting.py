@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ditopt.artifact import Manifest
+from ditopt.artifact import Manifest, constant
 from ditopt.capture import CallSpec, Captured
 from ditopt.codegen.variants import MOST, choices_of, pick, without_skipped, worth
 from ditopt.errors import DitoptWarning
@@ -135,7 +134,7 @@ def _constants(spec: CallSpec) -> dict[str, Any]:
     """What the capture saw for arguments that are no tensors, and the defaults of those that were left out, as JSON has
     it. An argument that is None says nothing."""
     return {
-        name: str(value) if isinstance(value, (torch.dtype, torch.device)) else value
+        name: constant(value)
         for name, value in (*spec.static_items(), *spec.defaults)
         if name != "return_dict" and (value is not None or "." in name)
     }

@@ -17,30 +17,37 @@ from torch import Tensor
 from ditopt.errors import BadInput
 from ditopt.ir.program import Role
 
-_TIME = re.compile(r"(^|_)(t|ts|r|time|times|timestep|timesteps|sigma|sigmas|noise_level|noise_labels)$")
+_TIME = re.compile(
+    r"(^|_)((?<![xz]_)t|ts|r|time|times|timestep|timesteps|diffusion_steps?|sigma|sigmas|noise_level|noise_labels|c_noise|log_?snr)$"
+)
 _SHAPE = re.compile(
     r"(^|_)(ids|pos|position|positions|rope|rotary|rotary_emb|freqs|coords|grid|sizes?|shapes?|fps|resolution|aspect_ratio)(_|$)"
 )
 _PROMPT = re.compile(
-    r"(^|_)(encoder|context|ctx|text|txt|prompt|caption|cap|cond|conds|global|c|y|class|classes|label|labels|pooled|guidance|clip|t5|style|vector|image_embeds?|meta|vit|camera)(_|$)"
+    r"(^|_)(encoder|context|cross_?attn|ctx|text|txt|prompt|caption|cap|cond|conds|global|c|y|class|classes|label|labels|pooled|guidance|clip|t5|style|vector|image_embeds?|meta|vit|camera)(_|$)"
 )
 _TOKENS = re.compile(r"(^|_)(input|token|prompt|text)_ids$")
 """Numbers of words or of codes, which are no positions."""
 _LATENT = re.compile(
-    r"(^|_)(hidden_states|x|z|xt|img|image|latents?|latent_model_input|sample|noisy|noise|control|controlnet\w*|residuals?|cond_image)$"
+    r"(^|_)(hidden_states|x|z|xt|x_t|z_t|img|image|latents?|latent_model_input|sample|noisy|noise|control|controlnet\w*|residuals?|cond_image)$"
 )
 
 
-def clean(name: str) -> str:
-    """The argument's own name, without the decoration that Dynamo or nesting gives it."""
-    last = re.split(r"[.\[\]']+", name.lower().rstrip(".]'"))
-    word = last[0] if last and last[0] else name.lower()
-    return re.sub(r"_+", "_", re.sub(r"^l_(kwargs_|args_|self_)?", "", word)).strip("_")
+_AXES = re.compile(r"_[A-Z](_([A-Z][a-z]?|\d))*$")
+"""Letters of a tensor's axes at the end of its name: x_B_C_T_H_W, timesteps_B_T, rope_emb_L_1_1_D."""
+
+
+def words(name: str) -> list[str]:
+    """The argument's own name and those of what it is in it (``batch.cond.0``: batch, cond), without the decoration
+    that Dynamo gives them and without letters of axes."""
+    parts = [part for part in re.split(r"[.\[\]']+", name) if part and not part.isdigit()]
+    bare = [re.sub(r"^L_(kwargs_|args_|self_)?", "", part).strip("_") for part in parts]
+    return [re.sub(r"_+", "_", _AXES.sub("", part)).lower() for part in bare]
 
 
 def is_time(name: str) -> bool:
     """Whether an argument of this name is a time of the loop."""
-    return _TIME.search(clean(name)) is not None
+    return _by_name(name) == "timestep"
 
 
 def infer(
@@ -63,7 +70,7 @@ def infer(
         if role not in get_args(Role):
             raise BadInput(f"roles gives {name!r} the role {role!r}; roles are {', '.join(get_args(Role))}")
     told = overrides or {}
-    roles = [told.get(name) or _by_name(name, value) for name, value in inputs]
+    roles = [told.get(name) or _by_name(name) for name in names]
     if "timestep" not in roles:  # unnamed: a vector of one number a row, or a single number
         rows = outputs[0].shape[0] if outputs and outputs[0].ndim else 1
         single = [i for i, (_, v) in enumerate(inputs) if v.ndim <= 1 and v.numel() in (1, rows)]
@@ -79,8 +86,9 @@ def infer(
             roles[i] = "timestep"
     if "latent" not in roles:
         shapes = [tuple(o.shape) for o in outputs]
-        candidates = [i for i, (_, v) in enumerate(inputs) if roles[i] is None and tuple(v.shape) in shapes]
-        for i in candidates[:1]:
+        alike = [i for i, (n, v) in enumerate(inputs) if n not in told and tuple(v.shape) in shapes]
+        named = [i for i in alike if roles[i] == "prompt" and inputs[i][1].ndim > 2]  # a grid of numbers, named "c"
+        for i in ([i for i in alike if roles[i] is None] or named)[:1]:
             roles[i] = "latent"
     found = "latent" in roles
     return [
@@ -109,9 +117,13 @@ def _refuse_equals(times: Sequence[tuple[str, Tensor]]) -> None:
         )
 
 
-def _by_name(name: str, value: Tensor) -> Role | None:
-    word = clean(name)
-    if is_time(name):
+def _by_name(name: str) -> Role | None:
+    """By the argument's name, or where that says nothing, by those of what it is in the argument."""
+    return next(filter(None, map(_by_word, words(name))), None)
+
+
+def _by_word(word: str) -> Role | None:
+    if _TIME.search(word):
         return "timestep"
     if _LATENT.search(word) and not re.search(r"encoder|text|txt|prompt|caption|global|cond_hidden", word):
         return "latent"

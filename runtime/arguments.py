@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditopt.artifact import Manifest
+from ditopt.artifact import Manifest, constant
 from ditopt.errors import BadInput, SessionError
 
 _LONG = 240
@@ -20,8 +20,8 @@ _LONG = 240
 class Arguments:
     """The arguments that one exported signature takes.
 
-    ``manifest.extra["constants"]`` holds what the capture saw for arguments that are no tensors (dtypes and devices as
-    text), and the defaults of those that were left out: such arguments may be repeated or left out, not changed.
+    ``manifest.extra["constants"]`` holds what the capture saw for arguments that are no tensors (as ``constant`` writes
+    it), and the defaults of those that were left out: such arguments may be repeated or left out, not changed.
     """
 
     def __init__(self, manifest: Manifest, where: str) -> None:
@@ -80,8 +80,7 @@ class Arguments:
             if known or name not in self._constants:
                 raise BadInput(f"unknown input {name!r}; {self._where} takes {self}")
             raise BadInput(f"{name} is a tensor, but {self._captured(top)}; export again with such arguments")
-        if isinstance(value, (torch.dtype, torch.device)):
-            value = str(value)
+        value = constant(value)
         if name in self._constants:
             if isinstance(value, _SCALARS) and value == self._constants[name]:
                 return

@@ -17,27 +17,42 @@ NAMES = list(ZOO)
 @pytest.mark.parametrize(
     ("role", "names"),
     [
-        ("latent", "hidden_states x img latents sample noisy_latents control controlnet_block_samples.0 L_kwargs_x_"),
-        ("timestep", "timestep t timesteps sigma r_timestep noise_labels L_kwargs_timestep_"),
+        (
+            "latent",
+            "hidden_states x img latents sample noisy_latents control controlnet_block_samples.0 L_kwargs_x_ x_t "
+            "x_B_C_T_H_W latent_B_C_Tt_Hp_Wp L_kwargs_x_B_C_T_H_W_ batch.x.0",
+        ),
+        (
+            "timestep",
+            "timestep t timesteps sigma r_timestep noise_labels L_kwargs_timestep_ timesteps_B_T c_noise batch.t",
+        ),
         (
             "prompt",
             "encoder_hidden_states encoder_hidden_states_image y c context txt prompt_embeds class_labels pooled "
             "pooled_projections guidance encoder_attention_mask cap_feats.1 added_cond_kwargs.text_embeds "
             "attention_mask L_kwargs_encoder_hidden_states_ id_cond id_vit_hidden.0 camera_conditions "
-            "global_hidden_states image_cond_hidden_states micro_conds",
+            "global_hidden_states image_cond_hidden_states micro_conds crossattn_emb cond.t batch.y",
         ),
-        ("shape", "img_ids txt_ids position_ids image_rotary_emb.0 resolution fps freqs_cis"),
+        ("shape", "img_ids txt_ids position_ids image_rotary_emb.0 resolution fps freqs_cis rope_emb_L_1_1_D"),
     ],
 )
 def test_roles_by_name(role, names):
     for name in names.split():
-        assert role_rules._by_name(name, torch.zeros(2, 3)) == role, name
+        assert role_rules._by_name(name) == role, name
 
 
 def test_roles_by_shape():
     """Names that say nothing: the output's shape is the latent's, one number a row is the time, labels are prompts."""
     given = [("q", torch.zeros(2, 7)), ("u", torch.zeros(2, 4)), ("v", torch.zeros(2)), ("w", torch.zeros(2).long())]
     assert role_rules.infer(given, [torch.zeros(2, 4)]) == ["latent", "latent", "timestep", "prompt"]
+
+
+def test_a_grid_of_the_outputs_shape_is_the_latent_whatever_its_name():
+    """Where no other input could be it; a vector of a prompt may have the output's shape by chance."""
+    given = [("c", torch.zeros(2, 4, 8, 8)), ("t", torch.zeros(2))]
+    assert role_rules.infer(given, [torch.zeros(2, 4, 8, 8)]) == ["latent", "timestep"]
+    assert role_rules.infer([("x", given[0][1]), *given], [given[0][1]]) == ["latent", "prompt", "timestep"]
+    assert role_rules.infer([("c", torch.zeros(2, 4)), ("t", torch.zeros(2))], [torch.zeros(2, 4)])[0] == "prompt"
 
 
 def test_ambiguous_times_are_asked_for():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,11 +66,12 @@ def differing(program: Program, guard: Guard | None, given: Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Checked:
-    """A graph that computes what its model computes: up to ``rounding`` (relative; 0 is bit for bit), and how the model
-    packed its output."""
+    """A graph that computes what its model computes: up to ``rounding`` (relative; 0 is bit for bit, else ``cause``
+    says why), and how the model packed its output."""
 
     rounding: float
     packing: Packing
+    cause: str = ""
 
     @property
     def notes(self) -> list[str]:
@@ -79,7 +80,7 @@ class Checked:
             return []
         return [
             f"on a second input the graph equals the model within rounding ({self.rounding:.1e} relative), not bit for "
-            "bit: eager takes other kernels there, as nn.TransformerEncoder does, which packs tokens by their mask"
+            f"bit: {self.cause}"
         ]
 
 
@@ -93,7 +94,31 @@ def check(
     with quiet(), torch.no_grad():
         want = flat(*(by_name[n] for n in spec.names))
         got = results(program, by_name)
-    return Checked(compare(type(model).__name__, program.outputs, want, got), flat.packing)
+        rounding = compare(type(model).__name__, program.outputs, want, got)
+        cause = _cause(lambda: flat(*(by_name[n] for n in spec.names)), got) if rounding else ""
+    return Checked(rounding, flat.packing, cause)
+
+
+def _cause(run: Callable[[], Sequence[Tensor]], got: Sequence[Tensor]) -> str:
+    """Why ``run``, the model, differs from ``got`` by rounding: the first thing without which it does not."""
+
+    def alike() -> bool:
+        return all(torch.equal(a, b) for a, b in zip(run(), got, strict=True))
+
+    with torch.compiler.set_stance("force_eager"):
+        if alike():
+            return "a part of the model is under torch.compile and rounds otherwise than what it is written in"
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        if fused and alike():
+            return "on this device eager takes a fused kernel of nn.MultiheadAttention, which no graph can name"
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return (
+        "eager takes other kernels there, as nn.TransformerEncoder does, which packs tokens by their mask, or a model "
+        "that sets torch.nn.attention.sdpa_kernel"
+    )
 
 
 def results(program: Program, given: Mapping[str, Tensor]) -> list[Tensor]:

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from ditopt._torch import pytree
 from ditopt.capture.held import deep_copy
 from ditopt.capture.replay import Lost, Recorder
-from ditopt.capture.spec import SCALARS
+from ditopt.capture.spec import STATIC
 from ditopt.errors import CaptureError
 from ditopt.ops.call_module import BODIES, Body, call_module
 
@@ -74,7 +74,7 @@ class _Call:
         self._places = [i for i, v in enumerate(leaves) if isinstance(v, Tensor)]
         inputs = [leaves[i] for i in self._places]
         what = type(twin).__name__
-        strange = [type(v).__name__ for v in self._statics if not isinstance(v, SCALARS)]
+        strange = [type(v).__name__ for v in self._statics if not isinstance(v, STATIC)]
         if strange or not inputs:
             raise CaptureError(
                 f"{what} looks at values of the latent{line} and is called with "
@@ -141,7 +141,7 @@ def _state(module: nn.Module) -> list[Any]:
         for key, value in vars(part).items():
             if key not in _OWN:
                 leaves, tree = pytree.tree_flatten(value)
-                shown = [repr(v) if isinstance(v, (*SCALARS, torch.dtype)) else _shown(v) for v in leaves]
+                shown = [repr(v) if isinstance(v, STATIC) else _shown(v) for v in leaves]
                 found.append((key, str(tree), shown))
     return found
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ from ditopt.capture.opened import opened
 from ditopt.errors import BadInput
 
 SCALARS = (bool, int, float, str, type(None))
-STATIC = (*SCALARS, torch.dtype, torch.device, torch.Size)
+STATIC = (*SCALARS, Enum, torch.dtype, torch.device, torch.Size)
 """Types of leaves that a graph holds fixed."""
 
 
@@ -25,9 +27,9 @@ class CallSpec:
     """How one call of a model maps to flat tensors and back.
 
     ``key`` identifies the signature: structure, shapes, dtypes, devices and static values. Python floats, and an
-    integer timestep, become tensors; every other Python value is static. ``names``: dotted names of the tensors;
-    ``arguments``: the parameters of forward; ``labels``: dotted names of all leaves; ``defaults``: (dotted name, value)
-    of each leaf of the defaults of parameters that the call leaves out.
+    integer timestep, become tensors (NumPy's numbers count as Python's); every other Python value is static. ``names``:
+    dotted names of the tensors; ``arguments``: the parameters of forward; ``labels``: dotted names of all leaves;
+    ``defaults``: (dotted name, value) of each leaf of the defaults of parameters that the call leaves out.
     """
 
     key: tuple[Any, ...]
@@ -87,6 +89,8 @@ def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tu
     key: list[Any] = [tree]
     for i, (path, leaf) in enumerate(leaves):
         name = dotted(path)
+        if isinstance(leaf, np.generic):
+            leaf = leaf.item()
         if isinstance(leaf, float) or (type(leaf) is int and role_rules.is_time(name)):
             leaf = torch.tensor(leaf, device=_device(model))
         if isinstance(leaf, Tensor):
@@ -100,8 +104,8 @@ def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tu
             key.append(leaf)
         else:
             raise BadInput(
-                f"argument {name} is a {type(leaf).__name__}; ditopt takes tensors, numbers, strings, None and "
-                "nested tuples, lists, dicts and plain objects of them"
+                f"argument {name} is a {type(leaf).__name__}; ditopt takes tensors, numbers, strings, enums, None "
+                "and nested tuples, lists, dicts and plain objects of them"
             )
     labels = tuple(dotted(path) for path, _ in leaves)
     left_out = {

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from enum import Enum
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import ditopt
 from ditopt.capture import bind, capture
 from ditopt.errors import BadInput, CaptureError
 from ditopt.ir.verify import verify
@@ -239,6 +242,35 @@ def test_a_call_that_does_not_fit(args, kwargs, words):
 def test_an_argument_of_an_unsupported_type(value):
     with pytest.raises(BadInput, match=f"argument y is a {type(value).__name__}; ditopt takes tensors, numbers"):
         bind(captured("plain")[0], (torch.zeros(1), 0.0, value), {})
+
+
+class Mode(Enum):
+    SLOW, FAST = 1, 2
+
+
+class Chooses(nn.Module):
+    """What is no tensor decides, by an enum and by numbers of NumPy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Linear(1, 4)
+
+    def forward(self, x: Tensor, t: float, mode: Mode, size: int = 1) -> Tensor:
+        emb = self.time(torch.as_tensor(t).reshape(1, 1))
+        return x * emb * size if mode is Mode.FAST else x - emb
+
+
+def test_members_of_an_enum_and_numbers_of_numpy_are_arguments(tmp_path):
+    model, x = Chooses(), torch.randn(2, 4)
+    fast = ditopt.optimize(model, target="eager", example_inputs={"x": x, "t": np.float32(0.5), "mode": Mode.FAST})
+    with torch.no_grad():
+        for call in ((np.float32(0.5), Mode.FAST, np.int64(3)), (0.25, Mode.SLOW, 3), (np.float32(1), Mode.FAST, 1)):
+            assert torch.equal(fast(x, *call), model(x, *call))
+    ditopt.export_onnx(model, tmp_path / "a.onnx", example_inputs={"x": x, "t": 0.5, "mode": Mode.FAST})
+    loaded = ditopt.load(tmp_path / "a.onnx")
+    torch.testing.assert_close(loaded(x=x, t=np.float32(0.25), mode=Mode.FAST), model(x, 0.25, Mode.FAST).detach())
+    with pytest.raises(BadInput, match=r"mode='Mode.SLOW' given, but .* was exported with mode='Mode.FAST'"):
+        loaded(x=x, t=0.5, mode=Mode.SLOW)
 
 
 # -- weights are handles, the model is left alone ----------------------------------------------------------------------

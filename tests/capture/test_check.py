@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ditopt.capture import derive
 from ditopt.ir.program import Input, TensorType
@@ -16,6 +21,35 @@ def test_an_output_that_is_not_finite_proves_nothing_and_is_refused_nowhere():
     with torch.no_grad():
         model.line.weight.fill_(float("inf"))
     assert take(model, torch.randn(2, 4), torch.rand(2, 1)).program.params
+
+
+class Rounds(nn.Module):
+    """A line whose result is multiplied by ``last``."""
+
+    def __init__(self, last: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.line, self.last = nn.Linear(4, 4), last
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.last(self.line(x) * t)
+
+
+def test_what_rounds_otherwise_is_named():
+    def coarse(graph, example):  # a compiler that rounds otherwise
+        return lambda *args: [v * (1 + 2**-22) for v in graph(*args)]
+
+    def picked(x):
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(x, x, x)
+
+    given = torch.randn(2, 3, 4), torch.rand(2, 1, 1)
+    compiled = Rounds(torch.compile(lambda x: x.sin(), backend=coarse))
+    notes = take(compiled, *given).notes
+    assert any("within rounding" in n and "a part of the model is under torch.compile" in n for n in notes), notes
+    given = torch.randn(2, 3, 64, 4), torch.rand(2, 1, 1, 1)
+    notes = take(Rounds(picked), *given).notes
+    assert any("within rounding" in n and "torch.nn.attention.sdpa_kernel" in n for n in notes), notes
+    assert not any("rounding" in n for n in take(Rounds(torch.sin), *given).notes)
 
 
 @pytest.mark.parametrize(
