@@ -96,9 +96,9 @@ def eager(folder):
     return run
 
 
-def same(ran, want):
+def same(ran, want, bound=1e-5):
     assert ran.graphs == want.graphs
-    assert all(error(a, b) < 1e-5 for a, b in zip(ran.out, want.out, strict=True))
+    assert all(error(a, b) < bound for a, b in zip(ran.out, want.out, strict=True))
     for field in ("hits", "measured", "block_flops", "calls", "requests"):
         assert getattr(ran.stats, field) == getattr(want.stats, field), field
 
@@ -129,7 +129,9 @@ def test_files_for_onnxruntime(name, eager, folder):
     path = folder / f"{name}.onnx"
     manifest = ditopt.export_onnx(small(), path, recipe(name, folder), example_inputs=example(), steps=STEPS)
     loaded = ditopt.load(path)
-    same(Ran(loaded, loaded.requests, loaded.stats), eager(name)[1])
+    # a value that is halfway between two integers may be stored as either
+    bound = 1e-4 if "store=int8" in recipe(name, folder) else 1e-5
+    same(Ran(loaded, loaded.requests, loaded.stats), eager(name)[1], bound)
     assert ("schedule" in manifest.extra) == (name in STATIC)
     # the driver without ditopt follows written schedules, and says so where there is none
     given = {k: v.numpy() for k, v in prompt(0).items()}
