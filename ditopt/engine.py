@@ -375,7 +375,9 @@ class _Snapshot:
         for path, module in self._modules.items():
             now, before = _values(module), self._values[path]
             if now != before:
-                names = (f"{path}.{k}".lstrip(".") for k in {**before, **now} if now.get(k) != before.get(k))
+                # what was not there when the model was captured is in no graph
+                known = [k for k in {**before, **now} if k in before or hasattr(type(module), k)]
+                names = (f"{path}.{k}".lstrip(".") for k in known if now.get(k) != before.get(k))
                 if name := next((n for n in names if not self._keeps(n)), ""):
                     return name
         if not self._tensors:

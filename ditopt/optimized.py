@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ditopt.engine import Compiled, Engine
 from ditopt.errors import BadInput, DitoptWarning
+from ditopt.forwarding import calls_forward
 from ditopt.ir.program import Program
 from ditopt.offload import loaded
 from ditopt.pipeline import PassResult
@@ -35,8 +36,12 @@ _OFFLOADED = (
 )
 
 
+_OWN = frozenset(vars(nn.Module()))
+
+
 class OptimizedModule(nn.Module):
-    """A drop-in for the model: same weights (shared, not copied), same attributes, same calling convention.
+    """A drop-in for the model: same weights (shared, not copied), same attributes, same calling convention. Its methods
+    that call ``forward`` (``forward_with_cfg``) call the optimized one; what they or a user set, the model is set.
 
     ``history`` lists what each pass did, ``stats`` what ran. ``original`` is the model itself, untouched. Gradients are
     not recorded. Steps, requests and guidance branches are recognised as ARCHITECTURE describes: from the scheduler of
@@ -67,7 +72,23 @@ class OptimizedModule(nn.Module):
         except AttributeError:
             if "original" not in self.__dict__:  # copy and pickle ask before there are any attributes
                 raise
-            return getattr(self.__dict__["original"], name)
+            original = self.__dict__["original"]
+            value = getattr(original, name)
+            if getattr(value, "__self__", None) is original and calls_forward(type(original), value.__func__):
+                return value.__func__.__get__(self)
+            return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "original" not in self.__dict__ or name in self.__dict__ or name in _OWN:
+            super().__setattr__(name, value)
+        else:
+            setattr(self.__dict__["original"], name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__ or name in _OWN:
+            super().__delattr__(name)
+        else:
+            delattr(self.__dict__["original"], name)
 
     def _step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         with loaded(self.original) as offloaded:

@@ -21,7 +21,7 @@ _TIME = re.compile(
     r"(^|_)((?<![xz]_)t|ts|r|time|times|timestep|timesteps|diffusion_steps?|sigma|sigmas|noise_level|noise_labels|c_noise|log_?snr)$"
 )
 _SHAPE = re.compile(
-    r"(^|_)(ids|pos|position|positions|rope|rotary|rotary_emb|freqs|coords|grid|sizes?|shapes?|fps|resolution|aspect_ratio)(_|$)"
+    r"(^|_)(ids|pos|position|positions|rope|rotary|rotary_emb|freqs|coords|grid|sizes?|shapes?|hw|fps|resolution|aspect_ratio)(_|$)"
 )
 _PROMPT = re.compile(
     r"(^|_)(encoder|context|cross_?attn|ctx|text|txt|prompt|caption|cap|cond|conds|global|c|y|class|classes|label|labels|pooled|guidance|clip|t5|style|vector|image_embeds?|meta|vit|camera)(_|$)"

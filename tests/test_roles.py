@@ -33,7 +33,10 @@ NAMES = list(ZOO)
             "attention_mask L_kwargs_encoder_hidden_states_ id_cond id_vit_hidden.0 camera_conditions "
             "global_hidden_states image_cond_hidden_states micro_conds crossattn_emb cond.t batch.y",
         ),
-        ("shape", "img_ids txt_ids position_ids image_rotary_emb.0 resolution fps freqs_cis rope_emb_L_1_1_D"),
+        (
+            "shape",
+            "img_ids txt_ids position_ids image_rotary_emb.0 resolution fps freqs_cis img_hw rope_emb_L_1_1_D",
+        ),
     ],
 )
 def test_roles_by_name(role, names):

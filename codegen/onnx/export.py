@@ -32,6 +32,7 @@ from ditopt.codegen.onnx.quantized import fused_attention
 from ditopt.codegen.onnx.repairs import (
     alike_factors,
     counted_repeats,
+    four_axes,
     full_masks,
     plain_splits,
     runnable_wheres,
@@ -44,7 +45,7 @@ from ditopt.errors import ArtifactError, BadInput, DitoptError, require
 
 __all__ = ["WeightStore", "export_artifact", "export_graph", "opset"]
 
-_BEFORE = (widen_half_sums, full_masks, true_squeezes, wide_indices, counted_repeats, alike_factors)
+_BEFORE = (widen_half_sums, four_axes, full_masks, true_squeezes, wide_indices, counted_repeats, alike_factors)
 """Repairs of what torch's exporter is given."""
 
 _INLINE_BYTES = 1024  # constants of a graph up to this size stay inside its .onnx

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,6 +53,45 @@ def full_masks(program: torch.export.ExportedProgram) -> int:
         node.replace_input_with(mask, full)
         count += 1
     return count
+
+
+def four_axes(program: torch.export.ExportedProgram) -> int:
+    """Give attention, in place, a batch and heads in front of its tokens and channels. torch takes any number of axes
+    there (windows, frames); the exporter takes four in all. How many were rewritten."""
+    count = 0
+    for node in list(program.graph.nodes):
+        if node.target is not _aten.scaled_dot_product_attention.default or node.kwargs.get("enable_gqa"):
+            continue
+        operands = node.args[:3]
+        if all(o.meta["val"].ndim == 4 for o in operands):
+            continue
+        lead = torch.broadcast_shapes(*(o.meta["val"].shape[:-2] for o in operands))
+        two = [math.prod(lead[:-1]), lead[-1]] if len(lead) > 1 else [*lead, 1, 1][:2]
+        graph = program.graph
+        with graph.inserting_before(node):
+            given = [_led(graph, o, lead, two) for o in operands]
+            masks = [
+                m if not isinstance(m, torch.fx.Node) or m.meta["val"].ndim < 3 else _led(graph, m, lead, two)
+                for m in node.args[3:4]
+            ]
+            kwargs = dict(node.kwargs)
+            if isinstance(mask := kwargs.get("attn_mask"), torch.fx.Node) and mask.meta["val"].ndim > 2:
+                kwargs["attn_mask"] = _led(graph, mask, lead, two)
+            inner = graph.call_function(node.target, (*given, *masks, *node.args[4:]), kwargs)
+        shape = list(node.meta["val"].shape)
+        inner.meta = {**node.meta, "val": node.meta["val"].reshape([*two, *shape[-2:]])}
+        # The node keeps its name, which the program's signature may know as an output.
+        node.target, node.args, node.kwargs = _aten.reshape.default, (inner, shape), {}
+        count += 1
+    return count
+
+
+def _led(graph: torch.fx.Graph, node: torch.fx.Node, lead: Sequence[int], two: Sequence[int]) -> torch.fx.Node:
+    """``node``, of (..., rows, columns), with the axes ``lead`` in front, as ``two``."""
+    last = list(node.meta["val"].shape[-2:])
+    if list(node.meta["val"].shape[:-2]) != list(lead):
+        node = _computed(graph, _aten.expand.default, node, [*lead, *last])
+    return _computed(graph, _aten.reshape.default, node, [*two, *last])
 
 
 def true_squeezes(program: torch.export.ExportedProgram) -> int:

@@ -7,8 +7,11 @@ import functools
 import gc
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
+
+import torch
 
 _CACHE = type(functools.lru_cache(lambda: None))
 _FOREIGN = ("torch", "sympy")
@@ -27,6 +30,17 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def as_written() -> Iterator[None]:
+    """What a model itself gives to torch.compile runs as it is written: compiled code is closed to who watches a run,
+    and rounds otherwise."""
+    if "torch._dynamo" not in sys.modules:  # so nothing is compiled
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from ditopt.capture.chain import capture
 from ditopt.capture.check import check
 from ditopt.capture.dynamic import Axes, Mismatch, Template, all_axes, for_export
 from ditopt.capture.flat import Flat, shared_copy
+from ditopt.capture.graph import written
 from ditopt.capture.job import Captured, Job, refuse_packing
 from ditopt.capture.spec import CallSpec
 from ditopt.errors import BadInput, CaptureError
@@ -156,6 +157,8 @@ def _exported(job: Job, sizes: Sizes, axes: Axes) -> Template:
     job = dataclasses.replace(job, tensors=made)
     flat = Flat(shared_copy(job.model), job.spec)
     exported = job.exported(flat, for_export(job.spec, axes))
+    if written(exported):
+        raise CaptureError(f"{job.name} writes into its own weights during forward")
     refuse_packing(job, flat.packing)
     return Template.of(job.model, exported, job.spec, axes)
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ditopt.capture import where
-from ditopt.capture.aside import quiet
+from ditopt.capture.aside import as_written, quiet
 from ditopt.capture.blockwise import blockwise
 from ditopt.capture.check import check
 from ditopt.capture.flat import Flat, Packing, shared_copy
-from ditopt.capture.graph import Untraceable
+from ditopt.capture.graph import Untraceable, written
 from ditopt.capture.guard import Decided, Guard, split
 from ditopt.capture.job import Captured, Job, first_line, refuse_packing
 from ditopt.capture.observe import block_paths
@@ -71,7 +71,7 @@ def _whole(job: Job, why: list[str], verify: bool) -> Captured:
     captured = _stepwise(job, why)
     if not verify:
         return captured
-    checked = check(job.model, job.spec, captured.program, captured.guard, job.tensors)
+    checked = check(job.model, job.spec, captured.program, captured.guard, job.tensors, captured.state)
     return dataclasses.replace(captured, notes=(*captured.notes, *checked.notes))
 
 
@@ -120,7 +120,7 @@ def _watched(job: Job, why: Sequence[str]) -> Captured:
         recorder = Recorder(twin)
         outside.observe(twin, recorder)
         try:
-            with quiet(), torch.no_grad():
+            with quiet(), as_written(), torch.no_grad():
                 Flat(twin, job.spec, lambda noted=recorder: noted)(*job.tensors)  # type: ignore[misc]
         except CaptureError:
             raise
@@ -172,7 +172,9 @@ def _recorded(job: Job, why: Sequence[str]) -> Captured:
     except Exception as error:
         raise Untraceable(f"{job.name} cannot be recorded{where.of_error(error)}: {first_line(error)}") from error
     refuse_packing(job, run.packing)
-    program, guard = split(job.name, job.program(job.exported(run), len(run.reads)), run.reads)
+    exported = job.exported(run)
+    run.packing.state = tuple(written(exported))
+    program, guard = split(job.name, job.program(exported, len(run.reads)), run.reads)
     read = f"{_values(len(run.reads))} that Python reads as constants"
     said = f"captured by recording a run at the dispatcher, with {read}"
     notes = [*why, said, *([_guarded(guard)] if run.reads else [])]
@@ -203,8 +205,18 @@ def _captured(
     if packing.kept:
         notes.append(f"keeps {', '.join(packing.kept[:3])} from call to call; the graph makes it anew")
     put = packing.put if packing.writes else None
-    written = tuple(packing.written)
-    return Captured(program, job.spec, packing.pack, packing.structure, tuple(notes), guard, put, written, packing.kept)
+    return Captured(
+        program,
+        job.spec,
+        packing.pack,
+        packing.structure,
+        tuple(notes),
+        guard,
+        put,
+        tuple(packing.written),
+        packing.kept,
+        state=packing.state,
+    )
 
 
 def _fails(name: str, error: Exception) -> str:

@@ -85,12 +85,18 @@ class Checked:
 
 
 def check(
-    model: nn.Module, spec: CallSpec, program: Program, guard: Guard | None, tensors: Sequence[Tensor]
+    model: nn.Module,
+    spec: CallSpec,
+    program: Program,
+    guard: Guard | None,
+    tensors: Sequence[Tensor],
+    written: Sequence[str] = (),
 ) -> Checked:
-    """Raise CaptureError where the graph and the model differ on a derived input."""
+    """Raise CaptureError where the graph and the model differ on a derived input. ``written``: the weights that forward
+    writes into, by dotted name."""
     by_name = dict(zip(spec.names, tensors, strict=True))
     by_name |= differing(program, guard, by_name)
-    flat = Flat(shared_copy(model, runs=True), spec)
+    flat = Flat(shared_copy(model, runs=True, written=written), spec)
     with quiet(), torch.no_grad():
         want = flat(*(by_name[n] for n in spec.names))
         got = results(program, by_name)

@@ -19,12 +19,15 @@ from ditopt.capture.spec import SCALARS, CallSpec, dotted
 from ditopt.offload import keep_shared, strip
 
 
-def shared_copy(model: nn.Module, runs: bool = False) -> nn.Module:
+def shared_copy(model: nn.Module, runs: bool = False, written: Sequence[str] = ()) -> nn.Module:
     """A deep copy of the module structure around the same tensors, without the offload hooks of accelerate.
 
-    ``runs``: it will run in eager, where forward may write into buffers; then these are copies, too."""
+    ``runs``: it will run in eager, where forward may write into buffers; then these are copies, too, and so are the
+    parameters that are ``written``, by dotted name."""
     kept: dict[int, Any] = {**keep_shared(model), **{id(t): t for t in [*model.parameters(), *model.buffers()]}}
     kept |= {id(t): t.detach().clone() for t in model.buffers() if runs}
+    own = dict(model.named_parameters(remove_duplicate=False)) if written else {}
+    kept |= {id(t): nn.Parameter(t.detach().clone(), t.requires_grad) for t in (own[n] for n in written if n in own)}
     kept.update({id(v): v for module in model.modules() for v in vars(module).values() if is_fake(v)})
     twin = deep_copy(model, kept)
     strip(twin)
@@ -54,6 +57,7 @@ class Packing:
         self.filled: list[str] = []  # and those that it made, or that are tensors
         self.removed: list[str] = []  # parts of the arguments that the run took away
         self.written: list[str] = []  # tensors that the run put into its arguments, by dotted name
+        self.state: tuple[str, ...] = ()  # parameters and buffers that a trace writes into
         self._fill: Fill | None = None
         self._writes: list[tuple[opened.Path, Fill]] = []
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
 from ditopt import roles as role_rules
-from ditopt._torch import OpOverload, is_unbacked
+from ditopt._torch import OpOverload, is_fake, is_unbacked
 from ditopt.capture import where
 from ditopt.capture.spec import CallSpec
 from ditopt.errors import CaptureError
@@ -48,10 +49,12 @@ def to_program(
         values[node] = new
     results = []
     outputs = exported.graph.output_node().args[0]
+    state = _state(exported, dict(placeholders), params)
     for item, node in zip(exported.graph_signature.output_specs, outputs, strict=True):
-        if item.kind is not OutputKind.USER_OUTPUT:
+        if item.kind is OutputKind.USER_OUTPUT:
+            results.append(values[node])
+        elif item.kind not in _WRITES or str(item.target).removeprefix("model.") in state:
             raise CaptureError(_mutation(model, item, spec, node))
-        results.append(values[node])
     graph.output(tuple(results))
     free = [(n, t) for n, t in zip(spec.names, tensors, strict=True) if n not in weights]
     found = role_rules.infer(
@@ -99,6 +102,63 @@ def formals(
             raise CaptureError(f"{type(model).__name__} has an input of a kind that is not supported: {item.kind.name}")
         placeholders.append((by_name[item.arg.name], what))
     return placeholders, params
+
+
+_WRITES = (OutputKind.PARAMETER_MUTATION, OutputKind.BUFFER_MUTATION)
+
+
+def written(exported: Any) -> dict[str, fx.Node]:
+    """What forward leaves in its own parameters and buffers, by their dotted names."""
+    specs, outputs = exported.graph_signature.output_specs, exported.graph.output_node().args[0]
+    pairs = zip(specs, outputs, strict=True)
+    return {str(item.target).removeprefix("model."): node for item, node in pairs if item.kind in _WRITES}
+
+
+def _state(exported: Any, formals: Mapping[fx.Node, Formal], params: Mapping[str, Tensor]) -> set[str]:
+    """Names among those that are ``written`` that are state: one call leaves something there for the next. A write is
+    none where it reads no input, writes the same when it is done again, and nothing was read before it was done: a
+    limit put on a weight, a table filled in."""
+    values = written(exported)
+    needed = {name: _ancestors(node) for name, node in values.items()}
+    given = {
+        name
+        for name, nodes in needed.items()
+        if any(n.op == "placeholder" and (formals[n].kind != "param" or is_fake(params[formals[n].ref])) for n in nodes)
+    }
+    if given or not values:
+        return given
+    every = set[fx.Node]().union(*needed.values())
+    read = {n: formals[n].ref for n in every if n.op == "placeholder"}
+    old = {n: name for n, ref in read.items() if (name := ref.removeprefix("const.")) in values}
+    now: dict[fx.Node, Any] = {n: params[ref] for n, ref in read.items()}
+    runs = []
+    for _ in range(2):
+        found = dict(now)
+        for node in exported.graph.nodes:
+            if node in every and node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), found.__getitem__)
+                found[node] = node.target(*args, **kwargs)
+        runs.append({name: found[node] for name, node in values.items()})
+        now |= {n: runs[-1][name] for n, name in old.items()}
+    changing = {name for name in values if not torch.equal(runs[0][name], runs[1][name])}
+    early = {
+        name
+        for name, nodes in needed.items()
+        for n in nodes - set(values.values())
+        if not set(n.users) <= every and any(a in old for a in _ancestors(n))
+    }
+    before = {name: params[read[n]] for n, name in old.items()}
+    return changing | {n for n in early if n not in before or not torch.equal(before[n], runs[0][n])}
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """``node`` and all that it is computed from."""
+    found, pending = set[fx.Node](), [node]
+    while pending:
+        if (one := pending.pop()) not in found:
+            found.add(one)
+            pending += one.all_input_nodes
+    return found
 
 
 def refuse_symbols(name: str, graph: fx.Graph) -> None:

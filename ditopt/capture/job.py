@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ditopt._torch import is_fake
 from ditopt.capture import flex, fused, where
-from ditopt.capture.aside import forgetful, quiet
+from ditopt.capture.aside import as_written, forgetful, quiet
 from ditopt.capture.check import differ
 from ditopt.capture.deferred import Around
 from ditopt.capture.flat import Flat, Packing, shared_copy
 from ditopt.capture.functional import functionalised, is_functional
-from ditopt.capture.graph import Untraceable, refuse_symbols, to_program
+from ditopt.capture.graph import Untraceable, refuse_symbols, to_program, written
 from ditopt.capture.guard import Guard
 from ditopt.capture.spec import CallSpec
 from ditopt.errors import BadInput, CaptureError
@@ -31,7 +31,7 @@ class Captured:
     writes into the arguments of a call what the model writes into them (a cache of keys and values); None where it
     writes nothing. ``written``: dotted names of the tensors among that, which are results after those of the output.
     ``kept``: dotted names of attributes in which the model keeps what it made for its next call; the graph makes it
-    anew.
+    anew. ``state``: of the parameters and buffers that its forward writes into, the same at each call.
     ``around``: the rest of the model's forward, where the Program is that of its blocks alone: it reads what they read,
     after the inputs of the model.
     """
@@ -46,6 +46,7 @@ class Captured:
     written: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     around: Around | None = None
+    state: tuple[str, ...] = ()
 
     def refuse_file(self, action: str) -> None:
         """BadInput where a call is more than graphs: where the model writes tensors into its arguments, or only its
@@ -87,6 +88,7 @@ class Job:
         """The Program of ``flat``, whose last ``more()`` results are not the model's, and how many flex attentions were
         lowered. Untraceable where tracing stops."""
         exported = self.exported(flat)
+        flat.packing.state = tuple(written(exported))
         refuse_packing(self, flat.packing)
         lowered = flex.expand(exported.graph_module)
         return self.program(exported, more()), lowered
@@ -141,8 +143,8 @@ def _unsettled(job: Job, packing: Packing) -> str:
         return ""
     if job.fake:
         return next(iter(packing.changed), "")
-    flat = Flat(shared_copy(job.model, runs=True), job.spec)
-    with quiet(), torch.no_grad():
+    flat = Flat(shared_copy(job.model, runs=True, written=packing.state), job.spec)
+    with quiet(), as_written(), torch.no_grad():
         first = flat(*job.tensors)
         found = flat.packing.kept
         second = flat(*job.tensors)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ditopt._torch import TorchDispatchMode, pytree
 from ditopt.capture import where
-from ditopt.capture.aside import quiet
+from ditopt.capture.aside import as_written, quiet
 from ditopt.capture.deferred import Deferred, describes, writes
 from ditopt.capture.flat import Flat, shared_copy
 from ditopt.capture.job import Job, refuse_packing
@@ -102,7 +102,7 @@ def block_paths(job: Job) -> list[tuple[str, ...]]:
 
 
 def _run(flat: Flat, job: Job) -> tuple[Tensor, ...]:
-    with quiet(), torch.no_grad():
+    with quiet(), as_written(), torch.no_grad():
         results: tuple[Tensor, ...] = flat(*job.tensors)
     return results
 

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ditopt._torch import TorchDispatchMode, depends_on_values, pytree
 from ditopt.capture import fused, where
-from ditopt.capture.aside import forgetful, quiet
+from ditopt.capture.aside import as_written, forgetful, quiet
 from ditopt.capture.flat import Flat, shared_copy
 from ditopt.capture.numbers import Numbers
 from ditopt.capture.replay import Read, Reads
@@ -75,7 +75,7 @@ def record(model: nn.Module, spec: CallSpec, tensors: Sequence[Tensor]) -> Recor
     given = [t.detach().clone() for t in tensors]  # the model may write into them
     for tensor in given:
         tracer.place(tensor, tracer.graph.placeholder("input"))
-    with quiet(), forgetful(), fused.reached(), tracer.paths(twin), torch.inference_mode():
+    with quiet(), as_written(), forgetful(), fused.reached(), tracer.paths(twin), torch.inference_mode():
         results = flat(*given)
     tracer.graph.output(tuple(tracer.node(t) for t in [*results, *tracer.observed]))
     return Recorded(flat, tracer.graph, tracer.constants, tracer.reads)

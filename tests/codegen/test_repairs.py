@@ -54,6 +54,25 @@ def test_rows_taken_and_written_at_positions(tmp_path, kind):
     same(fn, [table, rows, columns], tmp_path)
 
 
+def test_attention_with_any_number_of_axes_in_front(tmp_path):
+    """Windows of an image are axes before the tokens; masks, and keys, are broadcast."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    given = []
+    for lead in ((), (3,), (2, 3, 2), (2, 3, 2, 2)):
+        given.append([noise(*lead, n, 4) for n in (5, 6, 6)])
+        given.append([*given[-1], noise(5, 6) > -1])
+        given.append([*given[-2], noise(*lead[-1:], 5, 6) > -1, noise(*lead, 5, 6)])
+    given.append([noise(2, 3, 1, 5, 4), noise(3, 2, 6, 4), noise(3, 2, 6, 4)])
+    flat = [t for one in given for t in one]
+
+    def fn(w, *tensors):
+        rest = iter(tensors)
+        calls = [[next(rest) for _ in one] for one in given]
+        return tuple(attend(q, k, v, mask, scale=0.4) for q, k, v, *masks in calls for mask in masks or [None])
+
+    same(fn, flat, tmp_path, atol=1e-5, rtol=1e-5)
+
+
 def test_rows_repeated_as_often_as_a_tensor_says(tmp_path):
     def fn(w, x, times):
         rows = aten.repeat_interleave.Tensor(times, output_size=7)
