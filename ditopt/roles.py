@@ -24,7 +24,7 @@ _SHAPE = re.compile(
     r"(^|_)(ids|pos|position|positions|rope|rotary|rotary_emb|freqs|coords|grid|sizes?|shapes?|hw|fps|resolution|aspect_ratio)(_|$)"
 )
 _PROMPT = re.compile(
-    r"(^|_)(encoder|context|cross_?attn|ctx|text|txt|prompt|caption|cap|cond|conds|global|c|y|class|classes|label|labels|pooled|guidance|clip|t5|style|vector|image_embeds?|meta|vit|camera)(_|$)"
+    r"(^|_)(encoder|contexts?|cross_?attn|ctx|texts?|txt|prompts?|captions?|cap|cond|conds|global|c|y|class|classes|label|labels|pooled|guidance|clip|t5|style|vector|image_embeds?|meta|vit|camera)(_|$)"
 )
 _TOKENS = re.compile(r"(^|_)(input|token|prompt|text)_ids$")
 """Numbers of words or of codes, which are no positions."""

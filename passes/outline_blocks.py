@@ -14,6 +14,7 @@ from torch import fx
 
 from ditopt.ir import example
 from ditopt.ir.binding import Binding, bind
+from ditopt.ir.cost import is_matmul
 from ditopt.ir.edit import Editor
 from ditopt.ir.outline import outline
 from ditopt.ir.positions import with_grids
@@ -76,8 +77,10 @@ def _mark(program: Program, blocks: Sequence[Block], binding: Mapping[fx.Node, B
 
 
 def _alias(nodes: Sequence[fx.Node]) -> str:
-    """The module path that most of a block's nodes share, where the capture knew one."""
-    paths = [str(n.meta["path"]).split(".") for n in nodes if n.meta.get("path")]
+    """The module path that a block's nodes share, where the capture knew one: those that multiply matrices, for what
+    lies around them may be of another module (the model's own slice of a table, the norm before)."""
+    known = [n for n in nodes if n.meta.get("path")]
+    paths = [str(n.meta["path"]).split(".") for n in [n for n in known if is_matmul(n)] or known]
     shared: list[str] = []
     for part in zip(*(p for p in paths if p[:1] == paths[-1][:1]), strict=False):
         if len(set(part)) > 1:

@@ -31,7 +31,8 @@ NAMES = list(ZOO)
             "encoder_hidden_states encoder_hidden_states_image y c context txt prompt_embeds class_labels pooled "
             "pooled_projections guidance encoder_attention_mask cap_feats.1 added_cond_kwargs.text_embeds "
             "attention_mask L_kwargs_encoder_hidden_states_ id_cond id_vit_hidden.0 camera_conditions "
-            "global_hidden_states image_cond_hidden_states micro_conds crossattn_emb cond.t batch.y",
+            "global_hidden_states image_cond_hidden_states micro_conds crossattn_emb cond.t batch.y prompts.0 texts.1 "
+            "contexts",
         ),
         (
             "shape",

@@ -348,6 +348,25 @@ def test_a_shared_body_takes_inputs_without_gaps_where_a_block_has_them():
         assert torch.equal(a, c)
 
 
+def test_blocks_that_take_gaps_in_different_places_share_no_body():
+    """Gaps cannot be copied to: of the two inputs each block reads one that is a slice, and another one."""
+    b = Builder()
+    x = b.input("x", "latent", 2, 4)
+    dense = b(aten.mul.Tensor, x, 2.0)
+    cut = b(aten.slice.Tensor, b(aten.cat.default, [x, x], 1), 1, 2, 6)
+    pairs = [(dense, cut), (cut, dense), (dense, cut)]
+    outs = [b(aten.add.Tensor, one, other, region=f"blocks.{i}") for i, (one, other) in enumerate(pairs)]
+    program = b.program(*outs)
+    regions = [Region("model", "model", ""), Region("stage.0", "stage", "model", 0)]
+    regions += [Region(f"blocks.{i}", "block", "stage.0", 0) for i in range(3)]
+    after = outline(program.replace(regions=tuple(regions)), "test")
+    verify(after)
+    assert len(after.functions) == 3
+    inputs = random_inputs(program)
+    for a, c in zip(run_program(program, inputs)[0], run_program(after, inputs)[0], strict=True):
+        assert torch.equal(a, c)
+
+
 def test_the_result_of_a_shared_body_is_laid_out_as_its_readers_were_traced_for():
     """Two bodies, each shared by two blocks whose inputs lie otherwise in memory, one after the other."""
     b = Builder()

@@ -8,11 +8,11 @@ on a flat graph inlines, edits, and outlines again, and the marks on the nodes s
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ditopt.errors import PassError
 from ditopt.ir.edit import Editor, inline, prune
@@ -44,20 +44,15 @@ def outline(program: Program, origin: str) -> Program:
     """``program`` (flat, blocks marked by ``region``) with a shared Function for each class of blocks."""
     step = _together(program.step, origin)
     sites = _sites(step)
-    classes: dict[Hashable, list[_Site]] = {}
-    for site in sites:
-        classes.setdefault(site.key, []).append(site)
     functions = dict(program.functions)
     bodies: dict[str, str] = {}
     shapes: dict[str, tuple[_Site, list[int]]] = {}
     with Editor(step, origin) as e:
         now: dict[fx.Node, fx.Node] = {}  # what reads of an original node read by now
-        for number, members in enumerate(classes.values()):
+        for number, (model, members) in enumerate(_classes(sites)):
             name = f"block{number}"
             # members may be read from outside in different places (the last block drops a stream): offer them all
             outputs = sorted(set().union(*(set(m.outputs) for m in members)))
-            # of those whose inputs have no gaps in memory where there are some: any layout can be copied to theirs
-            model = max(members, key=lambda m: (sum(_dense(n) for n in m.inputs), m is members[-1]))
             functions[name] = _body(name, model, outputs, origin)
             bodies |= {site.id: name for site in members}
             shapes[name] = (model, outputs)
@@ -89,6 +84,27 @@ def _sites(function: Function) -> list[_Site]:
         if _block_of(node):
             groups.setdefault(_block_of(node), []).append(node)
     return [_site(id, nodes) for id, nodes in groups.items()]
+
+
+def _classes(sites: Sequence[_Site]) -> Iterator[tuple[_Site, list[_Site]]]:
+    """Sites of one pattern, with the one that their shared body is made of."""
+    patterns: dict[Hashable, list[_Site]] = {}
+    for site in sites:
+        patterns.setdefault(site.key, []).append(site)
+    for alike in patterns.values():
+        rest = alike
+        while rest:
+            # of those whose inputs have no gaps in memory where there are some: any layout can be copied to theirs
+            model = max(rest, key=lambda m: (sum(_dense(n) for n in m.inputs), m is rest[-1]))
+            fits = [m for m in rest if all(map(_can_be_laid_out, m.inputs, model.inputs))]
+            yield model, fits
+            rest = [m for m in rest if m not in fits]
+
+
+def _can_be_laid_out(arg: fx.Node, like: fx.Node) -> bool:
+    """Whether ``arg`` can have the memory layout of ``like``: one that keeps gaps cannot be copied to."""
+    a, b = arg.meta["val"], like.meta["val"]
+    return not isinstance(b, Tensor) or TensorType.of(a) == TensorType.of(b) or _dense(like)
 
 
 def _site(id: str, nodes: list[fx.Node]) -> _Site:

@@ -184,7 +184,7 @@ def _groups(branches: Sequence[Branch], near: Mapping[fx.Node, set[fx.Node]], re
         (i, j) for i, j in _links([[b] for b in branches], near) if level[branches[i].sum] == level[branches[j].sum]
     ]
     groups = [[branches[i] for i in part] for part in _components(len(branches), links)]
-    groups = _apart(groups, reach)
+    groups = _apart(_alike(groups, level, reach), reach)
     groups.sort(key=lambda g: (level[g[0].sum], reach.place[g[0].sum]))
     if any(b.attends for b in branches):
         groups = [g for g in groups if any(b.attends for b in g)]
@@ -193,6 +193,19 @@ def _groups(branches: Sequence[Branch], near: Mapping[fx.Node, set[fx.Node]], re
             made += [g] if any(b.feeds for b in g) else _copies(g, reach, _attentions_before(g, made, near))
         return made
     return [part for g in groups for part in _copies(g, reach) if len(part) < len(g)]
+
+
+def _alike(groups: Sequence[Sequence[Branch]], level: Mapping[fx.Node, int], reach: Reach) -> list[list[Branch]]:
+    """Groups of one level that multiply by the same weights are one: a block that is called once for each prompt."""
+    made: dict[Hashable, list[Branch]] = {}
+    for k, g in enumerate(groups):
+        weights = frozenset(w for b in g for n in reach.members(b.inside) for w in _weights(n))
+        made.setdefault((level[g[0].sum], weights) if weights else k, []).extend(g)
+    return [sorted(g, key=lambda b: reach.place[b.sum]) for g in made.values()]
+
+
+def _weights(node: fx.Node) -> list[fx.Node]:
+    return [a for a in node.all_input_nodes if a.op == "placeholder"] if is_matmul(node) else []
 
 
 def _apart(groups: list[list[Branch]], reach: Reach) -> list[list[Branch]]:

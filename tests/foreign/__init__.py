@@ -1,5 +1,5 @@
 """Denoisers as people write them outside diffusers, none of which ditopt has ever heard of."""
 
-from tests.foreign import conditioned, image, positions, routed, video
+from tests.foreign import conditioned, guided, image, positions, routed, video
 
-ZOO = {f.name: f for part in (image, positions, routed, video, conditioned) for f in part.MODELS}
+ZOO = {f.name: f for part in (image, positions, routed, video, conditioned, guided) for f in part.MODELS}
