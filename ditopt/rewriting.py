@@ -12,7 +12,7 @@ from torch import Tensor
 from ditopt.artifact import Manifest, constant
 from ditopt.capture import CallSpec, Captured
 from ditopt.codegen.variants import MOST, choices_of, pick, without_skipped, worth
-from ditopt.errors import DitoptWarning
+from ditopt.errors import DitoptWarning, RecipeError
 from ditopt.fitted import copies, unconditional_half
 from ditopt.ir.cost import step_flops
 from ditopt.ir.program import Program
@@ -65,12 +65,28 @@ def rewrite(
             stacklevel=5,
         )
         if piece:
-            local = Recipe.parse("canonicalize, outline_blocks")
-            return tuple(PassManager(local, Context(target, steps)).run(captured.program))
+            return _local(captured.program, target, steps)
     context = Context(target, steps, lambda: guidance_of(captured.program, given or {}), given or {})
-    history = tuple(PassManager(recipe, context).run(captured.program))
+    try:
+        history = tuple(PassManager(recipe, context).run(captured.program))
+    except RecipeError as error:
+        local = _local(captured.program, target, steps) if piece else ()
+        if not local or local[-1].program.blocks():
+            raise
+        warnings.warn(
+            f"this graph has no blocks, so only local passes run ({str(error).splitlines()[0]}): it is a part of a "
+            "model that Dynamo broke (TORCH_LOGS=graph_breaks says where); use ditopt.optimize",
+            DitoptWarning,
+            stacklevel=5,
+        )
+        return local
     _complain(history)
     return history
+
+
+def _local(program: Program, target: str, steps: int | None) -> tuple[PassResult, ...]:
+    """What passes do that keep nothing from step to step."""
+    return tuple(PassManager("canonicalize, outline_blocks", Context(target, steps)).run(program))
 
 
 def _complain(history: Sequence[PassResult]) -> None:
