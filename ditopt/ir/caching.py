@@ -285,7 +285,7 @@ class Caching:
         back = {self.e[n]: n for n in self.before.step.graph.nodes if n.op != "output"}
         blocks = [b.id for b in self.before.blocks()]
         front = Span(self.before, self.binding, set(blocks[: min(blocks.index(i) for i in ids)]))
-        for stream in _joined(base, back, front):
+        for stream in map(front.given, _joined(base, back, front)):
             if not self.binding[stream] & Binding.LATENT:
                 continue
             computed = stream

@@ -17,6 +17,18 @@ from ditopt.ops import select
 
 aten = torch.ops.aten
 
+_LAYOUT = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+}
+"""Operators that keep all values of a stream: blocks of frames and blocks of rows read it in another order."""
+
 
 class Span:
     """The blocks ``ids`` of ``program``. ``inside``: their calls, the results of these, what lies between two of them
@@ -70,9 +82,12 @@ class Span:
         return None
 
     def origin(self, value: fx.Node, e: Editor) -> fx.Node | None:
-        """The value outside the run that ``value`` continues along residual adds, splits and joins of streams."""
+        """The value outside the run that ``value`` continues along residual adds, splits and joins of streams, and
+        other layouts of them."""
         if value not in self:
             return e[value]
+        if self._moves(value):
+            return self._moved(value, e)
         if value.target in (select, aten.clone.default):  # what an earlier decision may predict
             return self.origin(value.args[0], e)  # type: ignore[arg-type]
         whole = rejoined(value)
@@ -92,6 +107,37 @@ class Span:
         if len(known) < len(found):
             return None
         return e.op(value.target, *fx.map_arg(value.args, known.__getitem__), at=e[value])
+
+    def given(self, node: fx.Node) -> fx.Node:
+        """What the run gave, where ``node`` is that in another layout or with positions added; else ``node``."""
+        found = node
+        while found not in self:
+            if not self._moves(found):
+                return node
+            (found,) = self._streams(found)
+        return found
+
+    def _streams(self, node: fx.Node) -> list[fx.Node]:
+        return [a for a in node.all_input_nodes if self._binding[a] & Binding.LATENT]
+
+    def _moves(self, node: fx.Node) -> bool:
+        """Whether a node changes the layout of one stream, or adds to it what never sees the latent (positions)."""
+        streams = self._streams(node) if node.op == "call_function" else []
+        if len(streams) != 1:
+            return False
+        if node.target is aten.add.Tensor:
+            return bool(streams[0].meta["val"].shape == node.meta["val"].shape)
+        return node.target in _LAYOUT or (node.target is aten.clone.default and streams[0].target in _LAYOUT)
+
+    def _moved(self, value: fx.Node, e: Editor) -> fx.Node | None:
+        """The origin of the stream that ``value`` moves, moved in the same way."""
+        (stream,) = self._streams(value)
+        base = self.origin(stream, e)
+        if base is None or base.meta["val"].shape != stream.meta["val"].shape:
+            return None
+        args, kwargs = fx.map_arg((value.args, value.kwargs), lambda n: base if n is stream else e[n])
+        named: Any = kwargs
+        return e.op(value.target, *args, at=e[value], **named)
 
 
 def latent_like(program: Program, binding: Mapping[fx.Node, Binding], value: fx.Node) -> fx.Node | None:

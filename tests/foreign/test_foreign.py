@@ -156,6 +156,28 @@ def test_onnx_is_eager(name, tmp_path):
     assert {g.name for g in manifest.graphs} == set(loaded.stats.graphs)
 
 
+@pytest.mark.parametrize("region", ["blocks.1:", "blocks.1:-1", "blocks.2:"])
+def test_a_stream_is_followed_through_other_layouts(region):
+    """A run of blocks is entered in one layout and left in another: what it adds is kept, and what the blocks in front
+    of it add can be measured."""
+    fast = optimized("turns", f"outline_blocks, cache{{region={region},signal=residual,threshold=0,residual=yes}}")
+    assert not fast.history[-1].refused
+    for step in range(2):
+        call = ZOO["turns"].call(step, step)
+        assert same(tensors(run(fast, call)), plain("turns", call))
+
+
+def test_a_skipped_block_passes_its_stream_on_in_its_layout():
+    """The positions that are added behind it are added all the same."""
+    fast, call = optimized("turns", "outline_blocks, skip_blocks{region=blocks.0:2}"), ZOO["turns"].call(0, 0)
+    without = ZOO["turns"].model()
+    with torch.no_grad():
+        for block in without.blocks[:2]:
+            block.out.weight.zero_(), block.out.bias.zero_(), block.down.weight.zero_(), block.down.bias.zero_()
+    for got, want in zip(tensors(run(fast, call)), plain_of(without, call), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("foreign", [pytest.param(f, id=f.name) for f in ROUTED])
 def test_experts_that_the_latent_routes_stay_python(foreign, tmp_path):
     model, call = foreign.model(), foreign.call(0, 0)

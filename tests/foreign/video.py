@@ -340,10 +340,60 @@ def spacetime_call(step: int, seed: int) -> Call:
     return {"a": randn(BATCH, 3, 4, 6, 4, seed=seed), "t": times(step, 1000), "text": randn(BATCH, 5, 12, seed=99)}
 
 
+# -- blocks of frames and blocks of rows -------------------------------------------------------------------------------
+
+
+class TurnBlock(nn.Module):
+    """Attention and MLP along whatever axis comes second."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.mod = nn.Linear(width, 4 * width)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        s1, g1, s2, g2 = self.mod(emb)[:, None].chunk(4, dim=-1)
+        q, k, v = (heads(z) for z in self.qkv(normed(x) * (1 + s1)).chunk(3, dim=-1))
+        x = x + g1 * self.out(merged(F.scaled_dot_product_attention(q, k, v)))
+        return x + g2 * self.down(F.gelu(self.up(normed(x) * (1 + s2))))
+
+
+class Turns(nn.Module):
+    """(B, F, H, W, C) in and out. Every second block attends along the frames: between any two the stream is laid out
+    anew, and before the first of these it gets the positions of frames."""
+
+    def __init__(self, width: int = 24, depth: int = 6, frames: int = 3) -> None:
+        super().__init__()
+        self.width = width
+        self.embed, self.head = nn.Linear(4, width), nn.Linear(width, 4)
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU())
+        self.frame = nn.Parameter(torch.randn(frames, width))
+        self.blocks = nn.ModuleList(TurnBlock(width) for _ in range(depth))
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        emb = self.time(sinusoid(t, self.width))
+        rows, frames = z.shape[:2]
+        x = self.embed(z).flatten(2, 3).flatten(0, 1)
+        for i in range(0, len(self.blocks), 2):
+            inside, along = self.blocks[i], self.blocks[i + 1]
+            x = inside(x, emb.repeat_interleave(frames, 0))
+            x = x.unflatten(0, (rows, frames)).transpose(1, 2).flatten(0, 1)
+            x = x + self.frame if i == 0 else x
+            x = along(x, emb.repeat_interleave(x.shape[0] // rows, 0))
+            x = x.unflatten(0, (rows, -1)).transpose(1, 2).flatten(0, 1)
+        return self.head(x).view(z.shape)
+
+
+def turns_call(step: int, seed: int) -> Call:
+    return {"z": randn(BATCH, 3, 4, 4, 4, seed=seed), "t": times(step, 1000)}
+
+
 MODELS = [
     Foreign("window", WindowDiT, window_call, 4),
     Foreign("causal", CausalDiT, causal_call, 3),
     Foreign("audio_video", AudioVideo, audio_video_call, 3),
     Foreign("keywords", KeywordDiT, keyword_call, 3),
     Foreign("spacetime", SpaceTime, spacetime_call, 3),
+    Foreign("turns", Turns, turns_call, 6),
 ]
