@@ -74,8 +74,8 @@ def rewrite(
         if not local or local[-1].program.blocks():
             raise
         warnings.warn(
-            f"this graph has no blocks, so only local passes run ({str(error).splitlines()[0]}): it is a part of a "
-            "model that Dynamo broke (TORCH_LOGS=graph_breaks says where); use ditopt.optimize",
+            f"this graph has no blocks, so only local passes run ({str(error).splitlines()[0]}). Where it is a part of "
+            "a model that Dynamo broke (TORCH_LOGS=graph_breaks says where), use ditopt.optimize",
             DitoptWarning,
             stacklevel=5,
         )

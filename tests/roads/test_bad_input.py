@@ -2,16 +2,19 @@
 
 import contextlib
 import inspect
+import re
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import ditopt
 from ditopt.errors import BadInput, CaptureError, DitoptWarning, RecipeError, SessionError
 from tests.roads.tiny import Small, example, small
+from tests.tiny_models import noise
 
 
 @pytest.fixture(scope="module")
@@ -387,6 +390,32 @@ def test_a_model_that_breaks_dynamos_graph_is_right_all_the_same():
     with pytest.warns(DitoptWarning, match=r"only local passes run\. Where the graph is a part of a model that Dynamo"):
         out = [fast(**given)[0] for given in calls]
     assert all(torch.equal(a, odd(**given)[0]) for a, given in zip(out, calls, strict=True))
+
+
+class Broken(nn.Module):
+    """The embedding and the blocks are graphs of their own to Dynamo."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.blocks = nn.Linear(1, 8), nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        gate = self.time(t[:, None])[:, None]
+        torch._dynamo.graph_break()
+        for block in self.blocks:
+            x = x + gate * block(torch.tanh(x))
+        return x
+
+
+def test_a_part_without_blocks_runs_as_it_is():
+    torch.compiler.reset()
+    model = noise(Broken())
+    fast = torch.compile(model, backend="ditopt", options={"recipe": "deepcache", "target": "eager"})
+    x, t = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, 0.25])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", DitoptWarning)
+        assert torch.equal(fast(x, t), model(x, t))
+    assert any(re.search("has no blocks, so only local passes run .*matches nothing", str(s.message)) for s in said)
 
 
 # -- in use ------------------------------------------------------------------------------------------------------------
