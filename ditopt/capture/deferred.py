@@ -19,7 +19,7 @@ from ditopt._torch import DisableTorchFunctionSubclass, pytree, valueless
 from ditopt.capture import where
 from ditopt.capture.flat import arguments_of_call, shared_copy
 from ditopt.capture.held import renew
-from ditopt.capture.segment import Given, Kind, Made, Segment, Step, Weight
+from ditopt.capture.segment import Given, Kind, Made, Part, Segment, Step, Weight
 from ditopt.capture.spec import CallSpec
 
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -207,6 +207,8 @@ class _Follower:
         if isinstance(operand, Weight):
             path, _, name = operand.name.rpartition(".")
             return leaf is getattr(self._model.get_submodule(path), name)
+        if isinstance(operand, Part):
+            return leaf is self._model.get_submodule(operand.path)
         if not isinstance(operand, Given):
             return type(leaf) is type(operand) and bool(leaf == operand)
         if operand.index in self._given:

@@ -24,11 +24,11 @@ from ditopt.capture.deferred import Deferred, describes, writes
 from ditopt.capture.flat import Flat, shared_copy
 from ditopt.capture.job import Job, refuse_packing
 from ditopt.capture.replay import Recorder
-from ditopt.capture.segment import Given, Kind, Made, Segment, Step, Weight
+from ditopt.capture.segment import Given, Kind, Made, Part, Segment, Step, Weight
 from ditopt.capture.spec import STATIC, dotted
 from ditopt.errors import CaptureError
 
-_FIXED = (*STATIC, slice, type(...), torch.memory_format, torch.layout)
+_FIXED = (*STATIC, slice, type(...), torch.memory_format, torch.layout, Part)
 """Types of leaves of a call that a segment holds fixed."""
 
 LEAST = 0.25
@@ -135,6 +135,7 @@ class Observer(Recorder):
         self._arguments: dict[int, list[str]] = {}
         self._work: dict[int, int] = {}
         self._names: dict[int, Made] = {}
+        self._parts = {id(module): path for path, module in model.named_modules()}
         self._tensors: dict[Made, Tensor] = {}
         self._counter = _Work()
         self.kept: tuple[str, ...] = ()
@@ -197,7 +198,12 @@ class Observer(Recorder):
 
     def _operands(self, arguments: Any) -> tuple[tuple[Any, ...], pytree.TreeSpec]:
         leaves, tree = pytree.tree_flatten(arguments)
-        return tuple(self._names.get(id(v), _Raw(v, writes(v))) if isinstance(v, Tensor) else v for v in leaves), tree
+        return tuple(map(self._operand, leaves)), tree
+
+    def _operand(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._names.get(id(value), _Raw(value, writes(value)))
+        return Part(self._parts[id(value)]) if id(value) in self._parts else value
 
     def _look(self, operands: Sequence[Any], path: str = "") -> None:
         self._events.append(_Look(where.of_caller(), tuple(o for o in operands if isinstance(o, Made)), path))

@@ -39,6 +39,13 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A module of the model that is handed to another one, by its path."""
+
+    path: str
+
+
+@dataclass(frozen=True)
 class Kind:
     """What is known of a tensor without its values."""
 
@@ -132,4 +139,4 @@ class Blocks(nn.Module):
         if isinstance(leaf, Weight):
             path, _, name = leaf.name.rpartition(".")
             return getattr(self.get_submodule(path), name)
-        return leaf
+        return self.get_submodule(leaf.path) if isinstance(leaf, Part) else leaf

@@ -89,6 +89,50 @@ def test_blocks_are_a_graph_of_weights_by_the_models_names():
     assert c.notes[-1] == "the blocks: captured by torch.export"
 
 
+class Turned(Block):
+    def forward(self, x: Tensor, c: Tensor, turn: nn.Module) -> Tensor:  # type: ignore[override]
+        return super().forward(turn(x), c)
+
+
+class Turn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + x.roll(1, -1)
+
+
+class Hands(Model):
+    """Its blocks are given a module, as a rotary embedding that all of them share."""
+
+    block = Turned
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns = nn.ModuleList([Turn(), Turn()])
+
+    def run(self, h: Tensor, c: Tensor, t: Tensor) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            h = block(h, c, self.turns[i % 2 if float(t[0]) > 0.25 else 0])
+        return h
+
+
+def test_blocks_may_be_given_a_module_of_the_model():
+    """It runs with its own weights; where it is another one, that call is the model's."""
+    model = make(Hands)
+    fast = ditopt.optimize(model, "lossless", target="eager", example_inputs=inputs(), steps=8)
+    assert any(n.startswith("captured by blocks") for n in fast.compiled.captured.notes)
+    assert "turns.1.scale" in fast.compiled.captured.program.params
+    assert exact(fast, model, 6) == [True] * 6
+    with torch.no_grad():
+        model.turns[1].scale.mul_(2)
+    assert exact(fast, model, 6) == [True] * 6
+    assert fast.stats.calls == 12
+    with pytest.warns(DitoptWarning):
+        assert exact(fast, model) == [True] * 8
+
+
 @pytest.mark.parametrize("target", ["eager", "inductor"])
 def test_caches_and_changed_weights(target):
     model = make()
@@ -97,14 +141,14 @@ def test_caches_and_changed_weights(target):
     @torch.no_grad()
     def close() -> list[bool]:
         with fast.session(steps=8):
-            return [torch.allclose(fast(**inputs(k)), model(**inputs(k)), atol=1e-5) for k in range(8)]
+            return [torch.allclose(fast(**inputs(k)), model(**inputs(k)), atol=1e-4) for k in range(8)]
 
     assert close() == HALF
     assert fast.stats.hits["cache0"] == 4
     with torch.no_grad():
         model.blocks[1].ff[0].weight.mul_(3)
         model.time.weight.mul_(2)
-    model.head.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+    model.head.weight = nn.Parameter(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)))
     assert close() == HALF
 
 
