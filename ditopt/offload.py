@@ -18,6 +18,10 @@ from torch import nn
 from ditopt.errors import BadInput
 
 
+HOOKED = ("forward", "_hf_hook", "_old_forward", "_diffusers_hook")
+"""What a hook of accelerate or diffusers puts on the module that it surrounds."""
+
+
 def move_hook(source: nn.Module, target: nn.Module) -> None:
     """The hook around ``source.forward`` surrounds ``target.forward`` from now on. Nothing happens without a hook.
 

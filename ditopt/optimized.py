@@ -16,7 +16,7 @@ from ditopt.engine import Compiled, Engine
 from ditopt.errors import BadInput, DitoptWarning
 from ditopt.forwarding import calls_forward
 from ditopt.ir.program import Program
-from ditopt.offload import loaded
+from ditopt.offload import HOOKED, loaded
 from ditopt.pipeline import PassResult
 from ditopt.release import Shelves
 from ditopt.runtime.account import Row, Stats
@@ -36,7 +36,8 @@ _OFFLOADED = (
 )
 
 
-_OWN = frozenset(vars(nn.Module()))
+_OWN = frozenset([*vars(nn.Module()), *HOOKED])
+"""Attributes that are set on the optimized model, and not on the original."""
 
 
 class OptimizedModule(nn.Module):
