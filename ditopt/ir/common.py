@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ditopt._torch import is_fake
 from ditopt.ir.edit import Editor
 from ditopt.ir.program import Function, Program, TensorType, formal
 from ditopt.ir.words import CONST
@@ -28,7 +29,7 @@ def duplicates(function: Function, nodes: Iterable[fx.Node], params: Mapping[str
 
     Operators are equal by target, constants (1, 1.0 and True are three) and operands; a weight is the same where it is
     the same tensor, and a constant of the trace, which nothing outside of the program writes to, also where it has the
-    same type and bits. Nodes must be deterministic.
+    same type and bits (of one without memory they are not known). Nodes must be deterministic.
     """
     same = _weights(function, params)
     found: dict[fx.Node, fx.Node] = {}
@@ -70,7 +71,7 @@ def _weights(function: Function, params: Mapping[str, Tensor]) -> dict[fx.Node, 
             continue
         tensor = params[what.ref]
         other = handles.setdefault(id(tensor), p)
-        if other is p and what.ref.startswith(CONST):
+        if other is p and what.ref.startswith(CONST) and not is_fake(tensor):
             alike = constants.setdefault((TensorType.of(tensor), tensor.device), [])
             other = next((a for a in alike if torch.equal(_bits(params[formal(a).ref]), _bits(tensor))), p)
             if other is p:

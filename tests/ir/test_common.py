@@ -55,3 +55,6 @@ def test_weights_are_one_tensor_and_constants_the_same_bits():
     assert found(both, const_p=one, q=one.clone()) == [False, False]
     assert found(both, const_p=zero, const_q=-zero) == [False, False]
     assert found(both, const_p=zero, const_q=zero.double()) == [False, False]
+    with FakeTensorMode():
+        assert found(both, const_p=torch.ones(3), const_q=torch.ones(3)) == [False, False]  # not known to be
+        assert found(both, const_p=(fake := torch.ones(3)), const_q=fake) == [False, True]
