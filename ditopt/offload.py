@@ -17,7 +17,6 @@ from torch import nn
 
 from ditopt.errors import BadInput
 
-
 HOOKED = ("forward", "_hf_hook", "_old_forward", "_diffusers_hook")
 """What a hook of accelerate or diffusers puts on the module that it surrounds."""
 
