@@ -348,6 +348,18 @@ def test_a_shared_body_takes_inputs_without_gaps_where_a_block_has_them():
         assert torch.equal(a, c)
 
 
+def assert_two_bodies(program, blocks):
+    """``program``, whose nodes are marked as ``blocks`` blocks, gets two bodies for them, and computes the same."""
+    regions = [Region("model", "model", ""), Region("stage.0", "stage", "model", 0)]
+    regions += [Region(f"blocks.{i}", "block", "stage.0", 0) for i in range(blocks)]
+    after = outline(program.replace(regions=tuple(regions)), "test")
+    verify(after)
+    assert len(after.functions) == 3
+    inputs = random_inputs(program)
+    for a, c in zip(run_program(program, inputs)[0], run_program(after, inputs)[0], strict=True):
+        assert torch.equal(a, c)
+
+
 def test_blocks_that_take_gaps_in_different_places_share_no_body():
     """Gaps cannot be copied to: of the two inputs each block reads one that is a slice, and another one."""
     b = Builder()
@@ -357,14 +369,7 @@ def test_blocks_that_take_gaps_in_different_places_share_no_body():
     pairs = [(dense, cut), (cut, dense), (dense, cut)]
     outs = [b(aten.add.Tensor, one, other, region=f"blocks.{i}") for i, (one, other) in enumerate(pairs)]
     program = b.program(*outs)
-    regions = [Region("model", "model", ""), Region("stage.0", "stage", "model", 0)]
-    regions += [Region(f"blocks.{i}", "block", "stage.0", 0) for i in range(3)]
-    after = outline(program.replace(regions=tuple(regions)), "test")
-    verify(after)
-    assert len(after.functions) == 3
-    inputs = random_inputs(program)
-    for a, c in zip(run_program(program, inputs)[0], run_program(after, inputs)[0], strict=True):
-        assert torch.equal(a, c)
+    assert_two_bodies(program, 3)
 
 
 def test_the_result_of_a_shared_body_is_laid_out_as_its_readers_were_traced_for():
@@ -376,11 +381,4 @@ def test_the_result_of_a_shared_body_is_laid_out_as_its_readers_were_traced_for(
     second = [b(aten.tanh.default, v, region=f"blocks.{i + 2}") for i, v in enumerate((first[0], turned[1]))]
     flat = b(aten.view.default, b(aten.permute.default, first[0], [0, 2, 1]), [2, 32])
     program = b.program(*first, *second, flat)
-    regions = [Region("model", "model", ""), Region("stage.0", "stage", "model", 0)]
-    regions += [Region(f"blocks.{i}", "block", "stage.0", 0) for i in range(4)]
-    after = outline(program.replace(regions=tuple(regions)), "test")
-    verify(after)
-    assert len(after.functions) == 3
-    inputs = random_inputs(program)
-    for a, c in zip(run_program(program, inputs)[0], run_program(after, inputs)[0], strict=True):
-        assert torch.equal(a, c)
+    assert_two_bodies(program, 4)

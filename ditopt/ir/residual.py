@@ -48,9 +48,7 @@ JOINS = {
 }
 """Operators that join or split streams."""
 
-MOVES = {
-    *CASTS,
-    *(JOINS - {aten.cat.default}),
+LAYOUTS = {
     aten.view.default,
     aten.reshape.default,
     aten._unsafe_view.default,
@@ -59,6 +57,13 @@ MOVES = {
     aten.unsqueeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
+}
+"""Operators that keep all values of a stream: blocks of frames and blocks of rows read it in another order."""
+
+MOVES = {
+    *CASTS,
+    *LAYOUTS,
+    *(JOINS - {aten.cat.default}),
     aten.flatten.using_ints,
     aten.unflatten.int,
     aten.expand.default,

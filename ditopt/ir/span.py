@@ -13,21 +13,10 @@ from ditopt.ir.cost import is_convolution, is_matmul
 from ditopt.ir.edit import Editor
 from ditopt.ir.modules import rejoined, saturates, stream_origins
 from ditopt.ir.program import Program, TensorType, call_args, callee, is_call
+from ditopt.ir.residual import LAYOUTS
 from ditopt.ops import select
 
 aten = torch.ops.aten
-
-_LAYOUT = {
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-}
-"""Operators that keep all values of a stream: blocks of frames and blocks of rows read it in another order."""
 
 
 class Span:
@@ -127,7 +116,7 @@ class Span:
             return False
         if node.target is aten.add.Tensor:
             return bool(streams[0].meta["val"].shape == node.meta["val"].shape)
-        return node.target in _LAYOUT or (node.target is aten.clone.default and streams[0].target in _LAYOUT)
+        return node.target in LAYOUTS or (node.target is aten.clone.default and streams[0].target in LAYOUTS)
 
     def _moved(self, value: fx.Node, e: Editor) -> fx.Node | None:
         """The origin of the stream that ``value`` moves, moved in the same way."""
